@@ -1,0 +1,138 @@
+"""The contract that every part of the code keeps. Read this file first.
+
+Letter key, used in comments, jaxtyping strings and suffix names everywhere:
+
+  B  batch rows (images, or packed rows)      L  tokens in a packed row
+  M  image slots in a packed row              P  patch side in pixels
+  H W C  image height, width, channels        N  tokens of one image
+  D  model width    K  heads    E  embedding  O  objects    Q  queries
+
+A batch is a dict of arrays with leading axis B. A stacked batch carries
+`image` uint8 [B,H,W,3]; a packed batch carries the rows of NaViT:
+
+  patches       uint8 [B,L,3P²]  pixels as (row, col, channel), channel fastest
+  segment_ids   int32 [B,L]      0 padding, images are 1..M and contiguous
+  positions     int32 [B,L,2]    (row, col) in the image's own full grid
+  grid_hw       int32 [B,M,2]    that grid, in patches
+  example_mask  bool  [B,M]      False for slots without an image
+
+Labels are `label` int32 (-1: none) and `multi_label` uint8 [..., classes],
+with leading [B] when stacked and [B,M] when packed. `_mask` bool [B] is False
+for rows that only fill up the batch. What only the host reads stays there
+(HOST_KEYS): `example_id` and `image_hw` (the original size) of each image,
+`broken_id` of those that could not be read, `num_tokens` of each packed row.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import flax
+import jax
+
+Array = jax.Array
+PyTree = Any
+Batch = dict[str, Array]
+Inputs = dict[str, Array]  # exactly the array keywords of model.__call__
+Targets = dict[str, Array]  # what the loss may see and the model may not
+Outputs = dict[str, Array]  # documented per model; unused ones cost nothing
+Static = tuple[tuple[str, Hashable], ...]  # compile-time keywords of the model
+Example = dict[str, Any]  # one item of a Source, nothing decoded
+
+HOST_KEYS = ("example_id", "image_hw", "broken_id", "num_tokens")
+# Mesh axes, in order. The batch is split over the first two.
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+# Parameters of scanned layers live under this key, stacked on axis 0.
+SCANNED = "blocks"
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that training changes, and nothing else.
+
+  `rng` is constant: the key of a step is `fold_in(rng, step)`. `model_state`
+  holds the other flax collections (batch_stats), {} if there are none. `ema`
+  has the structure of `params`, or is None.
+  """
+
+  step: Array
+  params: PyTree
+  model_state: PyTree
+  opt_state: PyTree
+  rng: Array
+  ema: PyTree | None = None
+
+
+class Metric(Protocol):
+  """A pytree of sums: merged over batches and devices, then computed."""
+
+  def merge(self, other: "Metric") -> "Metric": ...
+
+  def compute(self) -> Array: ...
+
+
+class Task(Protocol):
+  """A frozen dataclass of hyper-parameters with three pure functions.
+
+  `separable` says that the loss is a mean over examples, so that a batch may
+  be split into micro-batches. `loss` then returns a `loss` metric whose
+  `count` is the number of examples in the mean.
+  """
+
+  separable: ClassVar[bool]
+
+  def prepare(self, batch: Batch, rng: Array | None) -> tuple[Inputs, Targets]:
+    """Runs on the device: dtype, normalisation, mixup. No rng: evaluation."""
+
+  def loss(
+    self, outputs: Outputs, targets: Targets
+  ) -> tuple[Array, dict[str, Metric]]: ...
+
+  def predict(self, outputs: Outputs, targets: Targets) -> dict[str, Array]:
+    """What evaluators read; every leaf has the leading axis of the batch."""
+
+
+class Source(Protocol):
+  """Random access to undecoded examples; picklable; never touches a device.
+
+  Items are dicts with `image` (encoded bytes, or uint8 [H,W,3]) and `id` (the
+  index), and what the source has of `label` (int), `multi_label` (uint8
+  [classes]), `objects`, masks and `caption`. `label_names` names the classes.
+  `hw(i)` is the image's (height, width) without decoding its pixels, `name(i)`
+  what a log should call it (its file).
+  """
+
+  label_names: tuple[str, ...]
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Example: ...
+
+  def hw(self, index: int) -> tuple[int, int]: ...
+
+  def name(self, index: int) -> str: ...
+
+
+# predict(batch) -> numpy leaves of the global batch, on every process.
+Predict = Callable[[Batch], dict[str, Any]]
+
+
+class Batches(Protocol):
+  """Lent to an evaluator by the loop: opens a pass over evaluation data."""
+
+  label_names: tuple[str, ...]
+
+  def __call__(
+    self, *, split: str | None = None, **overrides: Any
+  ) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """Yields (device batch, host-only arrays). Each example comes once."""
+
+
+class Evaluator(Protocol):
+  """A frozen dataclass of settings, from `evaluators/<name>.py`."""
+
+  def run(
+    self, *, predict: Predict, batches: Batches, folder: Path
+  ) -> dict[str, float]:
+    """Scores a model. `folder` is the place for its tables and pictures."""
