@@ -1,0 +1,265 @@
+"""From a config to the parts of a run.
+
+A ConfigDict stops here: below, there are plain keyword arguments. Training
+and every command build their parts with these functions, so that they cannot
+disagree.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from big_vision_like import (
+  api,
+  flops,
+  optim,
+  resolve,
+  sharding,
+  train_step,
+)
+from big_vision_like.data import budgets, packing, pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """What a config describes, ready to be run; see the functions below."""
+
+  config: ConfigDict
+  mesh: jax.sharding.Mesh
+  source: api.Source
+  train_data: Any
+  batch_spec: api.Batch
+  model: nn.Module
+  task: api.Task
+
+  def init_variables(self, rng: api.Array) -> tuple[api.PyTree, api.PyTree]:
+    return train_step.init_variables(
+      self.model, self.task, rng, zeros(self.batch_spec)
+    )
+
+  @functools.cached_property
+  def params_shape(self) -> api.PyTree:
+    return jax.eval_shape(self.init_variables, jax.random.key(0))[0]
+
+
+def build(config: ConfigDict) -> Parts:
+  """Checks the config and makes its parts; no parameter is allocated yet."""
+  for key in ("total_steps", "batch_size"):
+    if config[key] is None:
+      raise ValueError(f"config.{key} is not set.")
+  mesh = sharding.make_mesh(dict(config.mesh))
+  sharding.check_batch_size(config.batch_size, mesh)
+  if config.batch_size % config.accum_steps:
+    raise ValueError(
+      f"config.batch_size = {config.batch_size} is not divisible by "
+      f"config.accum_steps = {config.accum_steps}."
+    )
+  sharding.check_batch_size(config.batch_size // config.accum_steps, mesh)
+  source = make_source(config, config.data.split)
+  task = make_task(config, len(source.label_names))
+  model = make_model(config, task.num_classes)
+  train_data = make_train_data(config, source, task.num_classes)
+  return Parts(
+    config=config,
+    mesh=mesh,
+    source=source,
+    train_data=train_data,
+    batch_spec=pipeline.spec(train_data),
+    model=model,
+    task=task,
+  )
+
+
+def plain(section: ConfigDict | None) -> dict[str, Any]:
+  """A config section as keyword arguments."""
+  return {} if section is None else section.to_dict()
+
+
+def make_task(config: ConfigDict, num_classes: int) -> api.Task:
+  """The task; a class count of its own config goes before the data's."""
+  settings = {"num_classes": num_classes, **plain(config.task)}
+  return resolve.make("tasks", "Task", "config.task", settings)
+
+
+def make_model(
+  config: ConfigDict, num_classes: int, **changes: Any
+) -> nn.Module:
+  """The model, with `changes` of its settings."""
+  settings = {"num_classes": num_classes, **plain(config.model), **changes}
+  return resolve.make("models", "Model", "config.model", settings)
+
+
+def make_source(config: ConfigDict, split: str) -> api.Source:
+  settings = plain(config.data.source)
+  return resolve.make(
+    "data/sources", "Source", "config.data.source", settings, split=split
+  )
+
+
+def _pack(config: ConfigDict) -> packing.PackSpec | None:
+  if config.data.pack is None:
+    return None
+  return packing.PackSpec(**plain(config.data.pack))
+
+
+def make_train_data(config: ConfigDict, source: api.Source, num_classes: int):
+  data = config.data
+  pack = _pack(config)
+  if pack is None and (data.sizes is not None or data.drop is not None):
+    raise ValueError(
+      "config.data.sizes and config.data.drop are laws of packed rows, but "
+      "config.data.pack is None."
+    )
+  return pipeline.train_data(
+    source,
+    ops=data.ops,
+    pack=pack,
+    sizes=None if pack is None else budgets.Sizes(**plain(data.sizes)),
+    drop=None if pack is None else budgets.Drop(**plain(data.drop)),
+    batch_size=config.batch_size,
+    total_steps=config.total_steps,
+    seed=config.seed,
+    num_classes=num_classes,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def make_optimizer(
+  parts: Parts,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The gradient transformation, and the learning rate by step."""
+  settings = plain(parts.config.optim)
+  settings.update(settings.pop("settings"))
+  return optim.make(
+    **settings, total_steps=parts.config.total_steps, params=parts.params_shape
+  )
+
+
+def count_step_flops(parts: Parts, tx: optax.GradientTransformation) -> float:
+  """Model FLOPs of a training step on the global batch.
+
+  By convention they are those of plain attention without rematerialisation:
+  neither what a kernel skips nor what it computes twice counts.
+  """
+  plain = {"attention": "xla", "remat": "none"}
+  model = parts.model.clone(
+    **{k: v for k, v in plain.items() if hasattr(parts.model, k)}
+  )
+  step = train_step.make_train_step(model, parts.task, tx)
+  state = jax.eval_shape(
+    lambda: train_step.init_state(
+      model, parts.task, tx, jax.random.key(0), zeros(parts.batch_spec)
+    )
+  )
+  return flops.count_flops(step, state, parts.batch_spec)
+
+
+def zeros(spec: api.Batch) -> api.Batch:
+  return jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatches:
+  """Opens passes over evaluation data: the `api.Batches` of a run."""
+
+  parts: Parts
+  settings: dict[str, Any]  # split, and what pipeline.eval_data takes
+
+  @property
+  def label_names(self) -> tuple[str, ...]:
+    return self.parts.source.label_names
+
+  def __call__(
+    self, *, split: str | None = None, **overrides: Any
+  ) -> Iterator[tuple[api.Batch, dict[str, Any]]]:
+    config = self.parts.config
+    settings = dict(self.settings) | overrides
+    source = make_source(config, split or settings.get("split", "validation"))
+    settings.pop("split", None)
+    settings.setdefault("batch_size", config.batch_size)
+    dataset = pipeline.eval_data(
+      source,
+      ops=config.data.eval_ops,
+      pack=_pack(config),
+      num_classes=self.parts.task.num_classes,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      **settings,
+    )
+    return self._open(dataset)
+
+  def _open(self, dataset):
+    data = self.parts.config.data
+    iterator = pipeline.open_iterator(
+      dataset,
+      workers=data.workers,
+      threads=data.threads,
+      prefetch=data.prefetch,
+    )
+    placed = sharding.batch_sharding(self.parts.mesh)
+    try:
+      for batch in iterator:
+        yield pipeline.to_device(batch, placed)
+    finally:
+      iterator.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """One entry of `config.evals`."""
+
+  name: str
+  every: int
+  evaluator: api.Evaluator
+  batches: EvalBatches
+
+
+def make_evaluations(parts: Parts) -> list[Evaluation]:
+  evaluations = []
+  for name, section in parts.config.evals.items():
+    settings = plain(section)
+    every = settings.pop("every", 0)
+    data = settings.pop("data", {})
+    evaluator = resolve.make(
+      "evaluators", "Evaluator", f"config.evals.{name}", settings
+    )
+    batches = EvalBatches(parts, data)
+    evaluations.append(Evaluation(name, every, evaluator, batches))
+  return evaluations
+
+
+def jit_predict(parts: Parts, state_shardings: api.TrainState):
+  """(state, batch) -> numpy predictions of the global batch."""
+  predict = jax.jit(
+    train_step.make_predict(parts.model, parts.task),
+    static_argnums=2,
+    in_shardings=(state_shardings, sharding.batch_sharding(parts.mesh)),
+    out_shardings=sharding.replicated(parts.mesh),
+  )
+  return lambda state, batch: jax.device_get(predict(state, batch))
+
+
+def run_evaluation(
+  evaluation: Evaluation, predict, state: api.TrainState, folder: Path
+) -> dict[str, float]:
+  """Scores by metric name, prefixed with the evaluation's."""
+  target = folder / evaluation.name
+  target.mkdir(parents=True, exist_ok=True)
+  try:
+    scores = evaluation.evaluator.run(
+      predict=functools.partial(predict, state),
+      batches=evaluation.batches,
+      folder=target,
+    )
+  except Exception as e:
+    e.add_note(f"In config.evals.{evaluation.name}.")
+    raise
+  return {f"{evaluation.name}/{k}": v for k, v in scores.items()}

@@ -1,0 +1,120 @@
+"""The record of a run: what was run, with which code, on which devices."""
+
+import collections
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RUN_FILE = "run.json"
+PARAMS_FILE = "params.txt"
+_PACKAGES = (
+  "big-vision-like",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "numpy",
+)
+
+
+def record_run(
+  folder: str | os.PathLike[str],
+  config_json: str,
+  extra: Mapping[str, Any] | None = None,
+  *,
+  overview: str = "",
+) -> dict[str, Any]:
+  """Writes what a run is: `run.json` and, with `overview`, `params.txt`.
+
+  `run.json` holds the resolved `config`, what is in `extra` (the fingerprint of
+  the data, say), and `starts`: for each time the run was started or resumed the
+  time, command, versions, git commit and devices.
+
+  Args:
+    folder: of the run; made if missing. Process 0 writes.
+    config_json: the resolved config.
+    extra: further entries of `run.json`.
+    overview: of the parameters, see `trees.overview`.
+
+  Returns:
+    What `run.json` holds.
+  """
+  folder = Path(folder)
+  path = folder / RUN_FILE
+  starts = json.loads(path.read_text())["starts"] if path.exists() else []
+  run = {
+    "config": json.loads(config_json),
+    **(extra or {}),
+    "starts": [*starts, _describe_start()],
+  }
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    # In one go, so that a kill leaves the old file or the new one.
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(run, indent=2) + "\n")
+    part.replace(path)
+    if overview:
+      (folder / PARAMS_FILE).write_text(overview + "\n")
+  return run
+
+
+def _describe_start() -> dict[str, Any]:
+  now = datetime.datetime.now(datetime.UTC)
+  kinds = collections.Counter(d.device_kind for d in jax.devices())
+  return {
+    "time": now.isoformat(timespec="seconds"),
+    "command": sys.argv,
+    "host": socket.gethostname(),
+    "platform": platform.platform(),
+    "python": platform.python_version(),
+    "versions": _versions(),
+    "git": git_state(),
+    "devices": dict(kinds),
+    "processes": jax.process_count(),
+  }
+
+
+def _versions() -> dict[str, str | None]:
+  versions: dict[str, str | None] = {}
+  for package in _PACKAGES:
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = None  # run from a checkout that is not installed
+  return versions
+
+
+def git_state(root: Path | None = None) -> dict[str, Any] | None:
+  """Commit and state of our checkout; None if the code lies in none."""
+  root = Path(__file__).resolve().parent.parent if root is None else root
+
+  def ask(*words: str) -> str | None:
+    try:
+      done = subprocess.run(
+        ["git", "-C", str(root), *words],
+        capture_output=True,
+        text=True,
+        timeout=10,
+      )
+    except (OSError, subprocess.TimeoutExpired):
+      return None  # no git here, or a file system that does not answer
+    return done.stdout.strip() if done.returncode == 0 else None
+
+  top = ask("rev-parse", "--show-toplevel")
+  # An installed package may lie inside a checkout of something else.
+  if top is None or Path(top).resolve() != root.resolve():
+    return None
+  commit, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain")
+  return {"commit": commit, "dirty": bool(changes)}

@@ -1,0 +1,80 @@
+"""The config files: arguments, locks, suggestions, the paper's numbers."""
+
+import pathlib
+import re
+
+import pytest
+
+from big_vision_like.data import sources
+from configs import common, navit_jft, vit_jft
+
+FILES = sorted(
+  p.stem
+  for p in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
+  if p.stem != "common"
+)
+
+
+def test_arguments_parse_over_their_defaults():
+  a = common.arguments("data=folder:/a/b,steps=7", data="x", steps=0, size="s")
+  assert (a.data, a.steps, a.size) == ("folder:/a/b", 7, "s")
+
+
+@pytest.mark.parametrize(
+  ("arg", "sentence"),
+  [
+    ("sizes=L/16", r"'sizes=L/16'.*Did you mean 'size'"),
+    ("local", r"'local' is not of the form key=value"),
+  ],
+)
+def test_unknown_arguments_are_refused(arg, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    navit_jft.get_config(arg)
+
+
+def test_unknown_sizes_are_listed():
+  for config in (navit_jft, vit_jft):
+    with pytest.raises(ValueError, match=r"no size=H/14.*B/16"):
+      config.get_config("size=H/14")
+
+
+def test_a_typo_in_a_key_names_the_nearest():
+  c = navit_jft.get_config()
+  with pytest.raises(AttributeError, match=r"optim"):
+    c.optimm = 1
+  with pytest.raises(AttributeError, match=r"batch_size"):
+    c.batch_sise = 1
+
+
+def test_sources_take_what_stands_behind_the_colon():
+  settings = sources.settings
+  assert settings("folder:/a:b") == dict(name="folder", path="/a:b")
+  assert settings("digit_scenes") == dict(name="digit_scenes")
+  assert settings("tfds:coco/2017:1.1.0") == dict(
+    name="tfds", dataset="coco/2017:1.1.0"
+  )
+
+
+@pytest.mark.parametrize(
+  ("arg", "length", "steps", "cooldown"),
+  [
+    ("size=B/32", 64, 98_000, 10_000),
+    ("size=B/16", 256, 93_000, 10_000),
+    ("size=L/16,steps=480000", 256, 480_000, 100_000),
+    ("size=L/16,steps=1000", 256, 1000, 0.1),
+  ],
+)
+def test_navit_follows_table_2(arg, length, steps, cooldown):
+  c = navit_jft.get_config(arg)
+  assert c.batch_size == 4096
+  assert (c.data.pack.length, c.total_steps) == (length, steps)
+  assert c.optim.schedule.cooldown == cooldown
+  assert (c.optim.lr, c.optim.wd) == (8e-4, 0.03)
+  assert dict(c.optim.wd_mults)["head/kernel"] * c.optim.wd == 3.0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_is_one_page_and_says_how_to_run_it(name):
+  module = {"navit_jft": navit_jft, "vit_jft": vit_jft}[name]
+  assert f"python launch.py --config configs/{name}.py" in module.__doc__
+  assert re.search(r"arXiv \d{4}\.\d{5}", module.__doc__)

@@ -1,0 +1,140 @@
+"""The step: micro-batches equal the large batch, the audit names the dead."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from big_vision_like import audit, train_step
+from big_vision_like.tasks import classification
+
+
+class Packed(nn.Module):
+  """Logits for each slot from the mean of its tokens, with dead weights."""
+
+  dead: bool = False
+
+  @nn.compact
+  def __call__(
+    self, *, train, patches, segment_ids, positions, grid_hw, example_mask
+  ):
+    del train, positions, grid_hw
+    slots = jnp.arange(1, example_mask.shape[1] + 1)
+    member = segment_ids[:, None, :] == slots[:, None]
+    pooled = jnp.einsum("bml,bld->bmd", member.astype(jnp.float32), patches)
+    pooled = pooled / jnp.maximum(member.sum(-1, keepdims=True), 1)
+    pooled = nn.gelu(nn.Dense(7, name="hidden")(pooled))
+    if self.dead:
+      self.param("unused", nn.initializers.ones, (3,))
+    return {"logits": nn.Dense(5, name="head")(pooled), "pooled": pooled}
+
+
+def packed_batch(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+  """Rows of 11 tokens with a different number of images each."""
+  rng = np.random.default_rng(seed)
+  length, slots = 11, 3
+  counts = rng.integers(1, slots + 1, rows)
+  segments = np.zeros((rows, length), np.int32)
+  for r, n in enumerate(counts):
+    segments[r, :9] = np.sort(rng.integers(1, n + 1, 9))
+    segments[r, :n] = np.arange(1, n + 1)
+    segments[r, :9].sort()
+  mask = np.arange(slots) < counts[:, None]
+  return {
+    "patches": rng.integers(0, 256, (rows, length, 12)).astype(np.uint8),
+    "segment_ids": segments,
+    "positions": np.zeros((rows, length, 2), np.int32),
+    "grid_hw": np.ones((rows, slots, 2), np.int32),
+    "example_mask": mask,
+    "label": np.where(mask, rng.integers(0, 5, mask.shape), -1),
+    "_mask": np.ones(rows, bool),
+  }
+
+
+def one_step(accum_steps: int, batch, dead: bool = False):
+  task = classification.Task(num_classes=5)
+  tx = optax.sgd(0.1)
+  model = Packed(dead=dead)
+  state = train_step.init_state(model, task, tx, jax.random.key(0), batch)
+  step = train_step.make_train_step(model, task, tx, accum_steps=accum_steps)
+  return jax.jit(step)(state, batch)
+
+
+@pytest.mark.parametrize("accum_steps", [2, 3, 6])
+def test_micro_batches_equal_the_large_batch(accum_steps):
+  batch = packed_batch(rows=6)
+  assert len(set(batch["example_mask"].sum(1))) > 1  # unequal micro-batches
+  whole, whole_metrics = one_step(1, batch)
+  cut, cut_metrics = one_step(accum_steps, batch)
+  # Only the order of float32 sums differs.
+  chex.assert_trees_all_close(whole.params, cut.params, rtol=1e-5, atol=1e-7)
+  for key in ("loss", "accuracy", "grad_norm"):
+    np.testing.assert_allclose(
+      whole_metrics[key].compute(), cut_metrics[key].compute(), rtol=1e-5
+    )
+
+
+def test_micro_batches_need_a_separable_task():
+  class Whole:
+    separable = False
+
+  with pytest.raises(ValueError, match=r"accum_steps = 2.*not a mean"):
+    train_step.make_train_step(Packed(), Whole(), optax.sgd(0.1), accum_steps=2)
+
+
+def test_state_counts_steps_and_keeps_its_key():
+  batch = packed_batch(rows=2)
+  state, _ = one_step(1, batch)
+  assert int(state.step) == 1
+  assert jnp.array_equal(
+    jax.random.key_data(state.rng), jax.random.key_data(jax.random.key(0))
+  )
+
+
+def test_ema_follows_its_recursion_and_serves_prediction():
+  batch = packed_batch(rows=2)
+  task, tx, model = classification.Task(num_classes=5), optax.sgd(0.5), Packed()
+  state = train_step.init_state(
+    model, task, tx, jax.random.key(0), batch, ema=True
+  )
+  step = train_step.make_train_step(model, task, tx, ema_decay=0.75)
+  after, _ = step(state, batch)
+  expected = jax.tree.map(
+    lambda old, new: 0.75 * old + 0.25 * new, state.params, after.params
+  )
+  chex.assert_trees_all_close(after.ema, expected, rtol=1e-6)
+  predict = train_step.make_predict(model, task)
+  chex.assert_trees_all_equal(
+    predict(after, batch), predict(after.replace(params=after.ema), batch)
+  )
+
+
+def run_audit(dead: bool, frozen=()) -> list[str]:
+  batch = packed_batch(rows=2)
+  _, metrics = one_step(1, batch, dead=dead)
+  watch, findings = audit.GradientAudit(frozen=frozen), []
+  for _ in range(audit.STEPS):
+    findings += watch.update(jax.device_get(metrics["grad_sq"]))
+  assert watch.done
+  return findings
+
+
+def test_audit_names_parameters_without_gradient():
+  assert run_audit(dead=False) == []
+  assert run_audit(dead=True) == ["unused: zero gradient"]
+  assert run_audit(dead=True, frozen=("unused",)) == []
+
+
+def test_audit_waits_for_a_zero_initialised_head_and_names_layers():
+  watch = audit.GradientAudit()
+  one, zero = np.float32(1.0), np.float32(0.0)
+  assert watch.update({"body": zero, "blocks/w": np.array([1.0, 0.0])}) == []
+  assert watch.update({"body": zero, "blocks/w": np.array([1.0, 0.0])}) == []
+  last = watch.update({"body": one, "blocks/w": np.array([np.nan, 0.0])})
+  assert last == [
+    "blocks/w (layer 0): non-finite gradient",
+    "blocks/w (layer 1): zero gradient",
+  ]
