@@ -1,0 +1,148 @@
+"""The images of the training benchmark, and our own step on them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from big_vision_like import optim, train_step
+from big_vision_like.data import packing, planning
+from big_vision_like.models import navit
+from big_vision_like.tasks import classification
+
+CLASSES = 10
+PATCH = 16
+# The longest image in tokens; what NaFlexViT pads all of them to.
+LONGEST = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """Of the Transformer that all programs train."""
+
+  width: int = 192
+  depth: int = 6
+  heads: int = 3
+  mlp: int = 768
+
+
+SIZE = Size()
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """Images of whole patches, their labels, and the share of dropped tokens.
+
+  Attributes:
+    images: uint8 [h,w,3] each.
+    labels: int [n].
+    drop: the same share for each image, as vit-pytorch's constant is.
+  """
+
+  images: list[np.ndarray]
+  labels: np.ndarray
+  drop: float = 0.0
+
+  @functools.cached_property
+  def lengths(self) -> np.ndarray:
+    """Tokens that each image keeps, by vit-pytorch's way of rounding."""
+    full = [im.shape[0] * im.shape[1] // PATCH**2 for im in self.images]
+    return np.array([max(1, int(n * (1 - self.drop))) for n in full])
+
+
+def make_workload(
+  count: int = 32, *, low: int = 64, high: int = 256, seed: int = 0
+) -> Workload:
+  """Random pixels; sides evenly spread, aspect ratios from 2:3 to 3:2."""
+  rng = np.random.default_rng(seed)
+  spec = packing.PackSpec(LONGEST, PATCH, 1)
+  images = []
+  for side in rng.permutation(np.linspace(low, high, count)):
+    tokens = (side / PATCH) ** 2
+    aspect = np.exp(rng.uniform(-np.log(1.5), np.log(1.5)))
+    h, w = packing.choose_grid(
+      round(100 * aspect), 100, tokens, at_most=LONGEST, spec=spec
+    )
+    shape = (h * PATCH, w * PATCH, 3)
+    images.append(rng.integers(0, 256, shape, dtype=np.uint8))
+  return Workload(images, rng.integers(0, CLASSES, count))
+
+
+class Packer:
+  """Packs a workload into rows of `length`, dropping anew at each call.
+
+  Attributes:
+    rows: of each batch.
+    slots: of each batch, padding included.
+  """
+
+  def __init__(self, work: Workload, length: int):
+    self.work = work
+    self.members = planning.best_fit_decreasing(
+      work.lengths, length=length, max_images=len(work.images)
+    )
+    self.rows = len(self.members)
+    self.slots = self.rows * length
+    most = max(map(len, self.members))
+    self.spec = packing.PackSpec(length, PATCH, most)
+    self.rng = np.random.default_rng(1)
+
+  def __call__(self) -> packing.Batch:
+    batch = packing.blank(self.spec, self.rows)
+    label = np.full((self.rows, self.spec.max_images), -1, np.int32)
+    for row, members in enumerate(self.members):
+      start = 0
+      for slot, i in enumerate(members):
+        label[row, slot] = self.work.labels[i]
+        start += self._put(batch, row, slot, start, i)
+    return {k: x for k, x in batch.items() if k != "num_tokens"} | {
+      "label": label
+    }
+
+  def _put(self, batch, row, slot, start, i):
+    image, keep = self.work.images[i], None
+    if self.work.drop:
+      full = image.shape[0] * image.shape[1] // PATCH**2
+      keep = packing.choose_kept(full, self.work.lengths[i], self.rng)
+    return packing.put(
+      batch, row, slot, start, image=image, keep=keep, spec=self.spec
+    )
+
+
+def our_step(
+  work: Workload, length: int, *, size: Size, dtype: str
+) -> Callable[[], float]:
+  """Packs, moves to the device and trains one step; returns the loss."""
+  pack = Packer(work, length)
+  model = navit.Model(
+    variant=f"Ti/{PATCH}",
+    num_classes=CLASSES,
+    sizes=dataclasses.asdict(size),
+    dtype=dtype,
+    scan=False,
+  )
+  task = classification.Task(num_classes=CLASSES, loss_name="softmax")
+  init = functools.partial(train_step.init_variables, model, task)
+  rng, example = jax.random.key(0), jax.tree.map(jnp.asarray, pack())
+  tx, _ = optim.make(
+    name="adamw",
+    lr=1e-3,
+    wd=0.05,
+    clip=1.0,
+    schedule=dict(name="constant"),
+    total_steps=1_000_000,
+    params=jax.eval_shape(init, rng, example)[0],
+  )
+  step = jax.jit(train_step.make_train_step(model, task, tx), donate_argnums=0)
+  init = functools.partial(train_step.init_state, model, task, tx)
+  state = [jax.jit(init)(rng, example)]
+
+  def run() -> float:
+    state[0], metrics = step(state[0], pack())
+    jax.block_until_ready(state[0])
+    return float(metrics["loss"].compute())
+
+  return run

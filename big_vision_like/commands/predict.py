@@ -1,0 +1,292 @@
+"""Labels images with a trained model, and writes their features.
+
+Takes files and folders (searched through for images). The model, the way its
+images are prepared and the names of its labels come from the run folder.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from big_vision_like import (
+  api,
+  build,
+  checkpoint,
+  compilation,
+  record,
+  sharding,
+  train_step,
+)
+from big_vision_like.data import ops, packing, pipeline
+from big_vision_like.data.sources import folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """The run, the images, and what to write."""
+  add = parser.add_argument
+  add("--run", required=True, metavar="DIR", help="run folder of a training")
+  add("images", nargs="+", metavar="IMAGE", help="image files or folders")
+  add("--step", type=_step, default="latest", help="a step, best or latest")
+  add("--top", type=int, default=5, help="labels to print for an image")
+  add("--tokens", type=int, metavar="N", help="most tokens of a packed image")
+  add("--features", metavar="OUT.npz", help="file for features and scores")
+  add("--batch-size", type=int, default=16, help="images, or packed rows")
+
+
+def _step(text: str) -> int | str:
+  if text not in ("best", "latest") and not text.isdecimal():
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is neither a step, nor best, nor latest"
+    )
+  return text if text in ("best", "latest") else int(text)
+
+
+def main(args: argparse.Namespace) -> int:
+  """Prints a table; 1 if some image cannot be read."""
+  files, broken = find_images(args.images)
+  for name, reason in broken.items():
+    print(f"skipped {name}: {reason}", file=sys.stderr)
+  if not files:
+    raise ValueError(f"No image of {' '.join(args.images)} can be read.")
+  compilation.enable_compilation_cache()
+  run = load_run(args.run, step=args.step)
+  result = predict(run, files, batch_size=args.batch_size, tokens=args.tokens)
+  skipped = sorted(set(range(len(files))) - set(result.indices))
+  for i in skipped:
+    print(f"skipped {files[i][0]}: cannot be decoded", file=sys.stderr)
+  names = [str(files[i][0]) for i in result.indices]
+  print("\n".join(table(names, result.scores, run.label_names, top=args.top)))
+  if args.features:
+    np.savez(
+      args.features,
+      names=np.array(names),
+      features=result.features,
+      scores=result.scores,
+      label_names=np.array(run.label_names),
+    )
+  return 1 if broken or skipped else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained model, ready to be applied."""
+
+  config: ConfigDict
+  label_names: tuple[str, ...]
+  model: nn.Module
+  task: api.Task
+  variables: dict[str, api.PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Of the images that could be decoded, in the order they were given.
+
+  `scores` are probabilities: they sum to 1 over the classes where the task's
+  loss is a softmax, and are one yes or no per class where it is a sigmoid.
+  """
+
+  indices: list[int]
+  scores: Float[np.ndarray, "n c"]
+  features: Float[np.ndarray, "n d"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+  """Image files as a `Source` without labels (see api.py)."""
+
+  files: Sequence[tuple[Path, tuple[int, int]]]
+  label_names: tuple[str, ...]
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def __getitem__(self, index: int) -> api.Example:
+    return {
+      "id": index,
+      "image": self.files[index][0].read_bytes(),
+      "label": -1,
+      # The tasks of several labels ask for it.
+      "multi_label": np.zeros(len(self.label_names), np.uint8),
+    }
+
+  def hw(self, index: int) -> tuple[int, int]:
+    return self.files[index][1]
+
+  def name(self, index: int) -> str:
+    return str(self.files[index][0])
+
+
+def find_images(
+  paths: Sequence[str],
+) -> tuple[list[tuple[Path, tuple[int, int]]], dict[str, str]]:
+  """Files with their (height, width), and why others cannot be read.
+
+  Raises:
+    ValueError: if a folder holds no image.
+  """
+  files, broken = [], {}
+  for path in map(Path, paths):
+    for file in list(_below(path)) if path.is_dir() else [path]:
+      try:
+        files.append((file, ops.image_hw(file)))
+      except ops.BrokenImage as e:
+        broken[str(file)] = str(e)
+  return files, broken
+
+
+def _below(path: Path) -> Iterator[Path]:
+  found = sorted(
+    p for p in path.rglob("*") if p.suffix.lower() in folder.EXTENSIONS
+  )
+  if not found:
+    raise ValueError(
+      f"The folder {path} holds no image ({' '.join(folder.EXTENSIONS)})."
+    )
+  return iter(found)
+
+
+def load_run(path: str, *, step: int | str = "latest") -> Run:
+  """The model of a run folder with the parameters of a step.
+
+  Raises:
+    ValueError: if the folder is not that of a run, or its task does not
+      classify.
+  """
+  file = Path(path) / record.RUN_FILE
+  if not file.is_file():
+    raise ValueError(
+      f"{path} is not a run folder: it has no {file.name}. Training with "
+      "launch.py --workdir makes one."
+    )
+  stored = json.loads(file.read_text())
+  config = ConfigDict(_as_tuples(stored["config"]))
+  if config.task.name != "classification":
+    raise ValueError(
+      f"predict prints the scores of a classification, but the task of {path} "
+      f"is {config.task.name!r}."
+    )
+  names = tuple(stored["label_names"])
+  task = build.make_task(config, len(names))
+  # The run's attention may be a kernel of other devices than these.
+  portable = {"attention": "auto"} if "attention" in config.model else {}
+  model = build.make_model(config, task.num_classes, **portable)
+  variables = checkpoint.load_variables(path, step=step)
+  return Run(config, names, model, task, variables)
+
+
+def _as_tuples(tree: Any) -> Any:
+  """JSON has lists for the tuples of a config."""
+  if isinstance(tree, dict):
+    return {k: _as_tuples(v) for k, v in tree.items()}
+  return tuple(map(_as_tuples, tree)) if isinstance(tree, list) else tree
+
+
+def predict(
+  run: Run,
+  files: Sequence[tuple[Path, tuple[int, int]]],
+  *,
+  batch_size: int,
+  tokens: int | None = None,
+) -> Result:
+  """Applies the model to files, prepared as the run prepares evaluation."""
+  mesh = sharding.make_mesh({"data": -1})
+  everywhere = sharding.replicated(mesh)
+  state = api.TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=run.variables["params"],
+    model_state={k: v for k, v in run.variables.items() if k != "params"},
+    opt_state=(),
+    rng=jax.random.key(0),
+  )
+  state = jax.device_put(state, everywhere)
+  apply = jax.jit(
+    train_step.make_predict(run.model, run.task), out_shardings=everywhere
+  )
+  data = _eval_data(run, files, mesh, batch_size=batch_size, tokens=tokens)
+  rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+  with jax.set_mesh(mesh), tqdm.tqdm(total=len(files), disable=None) as bar:
+    for batch, host in data:
+      out = jax.device_get(apply(state, batch))
+      ids = host["example_id"]
+      for at in np.argwhere(ids >= 0):
+        at = tuple(at)
+        rows[int(ids[at])] = (out["logits"][at], out["features"][at])
+      bar.update(len(rows) - bar.n)
+  if not rows:
+    raise ValueError(
+      f"None of the {len(files)} images can be decoded, the first of them "
+      f"{files[0][0]}."
+    )
+  logits, features = (
+    np.array([rows[i][k] for i in sorted(rows)]) for k in range(2)
+  )
+  return Result(sorted(rows), probabilities(logits, run.task), features)
+
+
+def _eval_data(
+  run: Run,
+  files: Sequence[tuple[Path, tuple[int, int]]],
+  mesh: jax.sharding.Mesh,
+  *,
+  batch_size: int,
+  tokens: int | None,
+) -> Iterator[tuple[api.Batch, dict[str, Any]]]:
+  config = run.config.data
+  # No more rows than images, and as many on each device.
+  rows = min(batch_size, len(files))
+  rows = -(-rows // mesh.size) * mesh.size
+  dataset = pipeline.eval_data(
+    Files(files, run.label_names),
+    ops=config.eval_ops,
+    pack=config.pack and packing.PackSpec(**config.pack),
+    num_classes=run.task.num_classes,
+    batch_size=rows,
+    tokens=tokens,
+  )
+  placed = sharding.batch_sharding(mesh)
+  for batch in pipeline.open_iterator(dataset, workers=0, threads=2):
+    yield pipeline.to_device(batch, placed)
+
+
+def probabilities(
+  logits: Float[np.ndarray, "n c"], task: api.Task
+) -> Float[np.ndarray, "n c"]:
+  """Scores from 0 to 1, as the loss of the task reads the logits."""
+  squash = jax.nn.softmax if task.loss_name == "softmax" else jax.nn.sigmoid
+  return np.asarray(squash(logits))
+
+
+def table(
+  names: Sequence[str],
+  scores: Float[np.ndarray, "n c"],
+  label_names: Sequence[str],
+  *,
+  top: int,
+) -> list[str]:
+  """A line per image: its name, then its best labels with their scores."""
+  best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+  cells = [
+    [f"{label_names[c]} {scores[row, c]:.3f}" for c in classes]
+    for row, classes in enumerate(best)
+  ]
+  left = max(map(len, names))
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  return [
+    "  ".join(
+      [f"{name:{left}}", *(f"{c:{w}}" for c, w in zip(row, widths))]
+    ).rstrip()
+    for name, row in zip(names, cells)
+  ]
