@@ -54,7 +54,12 @@ class Workload:
 
 
 def make_workload(
-  count: int = 32, *, low: int = 64, high: int = 256, seed: int = 0
+  count: int = 32,
+  *,
+  low: int = 64,
+  high: int = 256,
+  drop: float = 0.0,
+  seed: int = 0,
 ) -> Workload:
   """Random pixels; sides evenly spread, aspect ratios from 2:3 to 3:2."""
   rng = np.random.default_rng(seed)
@@ -68,7 +73,20 @@ def make_workload(
     )
     shape = (h * PATCH, w * PATCH, 3)
     images.append(rng.integers(0, 256, shape, dtype=np.uint8))
-  return Workload(images, rng.integers(0, CLASSES, count))
+  return Workload(images, rng.integers(0, CLASSES, count), drop)
+
+
+def fill_rows(work: Workload, length: int) -> Workload:
+  """A workload of more images: as many as fill rows of `length`.
+
+  A row that stays half empty would measure the choice of the images.
+  """
+  rows = Packer(work, length).rows
+  more = work
+  while Packer(more, length).rows == rows:
+    work = more
+    more = make_workload(len(work.images) + 1, drop=work.drop)
+  return work
 
 
 class Packer:

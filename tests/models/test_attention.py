@@ -219,9 +219,9 @@ def test_auto_follows_its_rule(monkeypatch):
     k = jax.ShapeDtypeStruct((2, keys, 4, 64), dtype)
     return attention_lib.choose(q, k, **{"packed": True, "mask": None, **kw})
 
-  assert chosen(64, 64, platform="cpu") == "xla"
-  assert chosen(256, 256, platform="cpu") == "blockwise"
-  assert chosen(256, 256, platform="cpu", packed=False) == "xla"
+  assert chosen(512, 512, platform="cpu") == "xla"
+  assert chosen(1024, 1024, platform="cpu") == "blockwise"
+  assert chosen(1024, 1024, platform="cpu", packed=False) == "xla"
   assert chosen(16, 4096, platform="cpu") == "xla"
   assert chosen(512, 512, platform="tpu") == "xla"
   assert chosen(1024, 1024, platform="tpu") == "splash"

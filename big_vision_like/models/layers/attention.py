@@ -28,6 +28,7 @@ from big_vision_like.models.layers import blockwise, cudnn, splash
 BACKENDS = ("auto", "xla", "blockwise", "splash", "cudnn")
 # Finite, so that no softmax ever sees a row of -inf.
 _LOWEST = -1e30
+_CPU_GROUPS = 4
 
 
 def attention(
@@ -78,7 +79,7 @@ def attention(
   if backend == "auto":
     backend = choose(q, k, packed=segment_ids is not None, mask=mask)
   if backend == "xla":
-    out = _xla(q, k, v, _allowed(segment_ids, kv_segment_ids, mask))
+    out = _grouped(q, k, v, _allowed(segment_ids, kv_segment_ids, mask))
     return checkpoint_name(out, "attn_out")
   if mask is not None:
     raise ValueError(
@@ -100,17 +101,15 @@ def choose(
 ) -> str:
   """What "auto" stands for.
 
-  A mask goes to xla, and so do few scores, up to 512 x 512 a head. On a CPU
-  few means 1,024 x 1,024, but 64 x 64 in self-attention of packed rows, where
-  small blocks that stay in the cache win early. More scores go to the
-  platform's kernel if it takes these shapes and dtypes, and else to blockwise.
+  A mask goes to xla, and so do few scores, up to 512 x 512 a head; on a CPU up
+  to 1,024 x 1,024 where no foreign blocks can be skipped. More scores go to
+  the platform's kernel if it takes these shapes and dtypes, else to blockwise.
   """
   if mask is not None:
     return "xla"
   platform = target_platform()
-  side = 512
-  if platform == "cpu":
-    side = 64 if packed and q.shape[1] == k.shape[1] else 1024
+  skips = packed and q.shape[1] == k.shape[1]
+  side = 1024 if platform == "cpu" and not skips else 512
   if q.shape[1] * k.shape[1] <= side**2:
     return "xla"
   if platform == "tpu" and splash.refusal(q, k) is None:
@@ -170,22 +169,40 @@ def _allowed(segment_ids, kv_segment_ids, mask):
   return same if mask is None else same & mask
 
 
+def _grouped(q, k, v, mask):
+  """`_xla`, on a CPU in groups of rows that do not depend on each other.
+
+  XLA computes a batched product of small matrices on one core of a CPU, but
+  independent products side by side: two cores took 0.75 of the time.
+  """
+  groups = min(_CPU_GROUPS, q.shape[0])
+  one_device = jax.sharding.get_abstract_mesh().size <= 1
+  if target_platform() != "cpu" or not one_device or groups == 1:
+    return _xla(q, k, v, mask)
+  if mask is not None:
+    mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))
+  parts = (
+    [None] * groups if x is None else jnp.array_split(x, groups)
+    for x in (q, k, v, mask)
+  )
+  return jnp.concatenate([_xla(*part) for part in zip(*parts)])
+
+
 def _xla(q, k, v, mask):
-  """Materialises the scores; normalises after the values, on fewer numbers."""
+  """Materialises the scores, heads before tokens: no product transposes."""
   dtype = jnp.promote_types(q.dtype, jnp.float32)
-  q = q * q.shape[-1] ** -0.5
-  s = jnp.einsum("blkd,bskd->bkls", q, k, preferred_element_type=dtype)
+  q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
+  k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+  s = jnp.einsum("bkld,bkds->bkls", q, k, preferred_element_type=dtype)
   if mask is not None:
     s = jnp.where(mask, s, _LOWEST)
   p = jnp.exp(s - jax.lax.stop_gradient(s.max(-1, keepdims=True)))
   if mask is not None:
     p = jnp.where(mask, p, 0)
-  total = p.sum(-1).swapaxes(1, 2)[..., None]
-  total = jnp.where(total == 0, 1, total)
-  out = jnp.einsum(
-    "bkls,bskd->blkd", p.astype(v.dtype), v, preferred_element_type=dtype
-  )
-  return (out / total).astype(q.dtype)
+  total = p.sum(-1, keepdims=True)
+  p = (p / jnp.where(total == 0, 1, total)).astype(v.dtype)
+  out = jnp.einsum("bkls,bksd->bkld", p, v, preferred_element_type=dtype)
+  return out.swapaxes(1, 2).astype(q.dtype)
 
 
 def _sharded(kernel, q, k, v, ids, kv_ids):
