@@ -157,7 +157,7 @@ def test_stopping_says_how_to_continue(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_resumes_bitwise(tmp_path):
+def test_killed_or_stopped_from_outside_resumes_bitwise(tmp_path):
   """In its own process, with another number of workers afterwards."""
   command = [
     sys.executable,
@@ -175,23 +175,34 @@ def test_killed_at_any_step_resumes_bitwise(tmp_path):
 
   def launch(workdir, *more):
     return subprocess.Popen(
-      [*command, f"--workdir={workdir}", *more], cwd=ROOT, env=env
+      [*command, f"--workdir={workdir}", *more],
+      cwd=ROOT,
+      env=env,
+      stdout=subprocess.PIPE,
+      text=True,
     )
 
-  whole, cut = tmp_path / "whole", tmp_path / "cut"
-  assert launch(whole).wait(600) == 0
-  process = launch(cut, "--config.data.workers=1")
-  deadline = time.time() + 300
-  while time.time() < deadline and process.poll() is None:
-    if (cut / "metrics.jsonl").exists() and len(losses(cut)) >= 12:
-      break
-    time.sleep(0.05)
-  assert process.poll() is None, "it ended before it could be killed"
-  process.kill()
-  process.wait(120)
-  assert len(losses(cut)) < 40
-  assert launch(cut).wait(600) == 0
-  assert_same_run(whole, cut)
+  whole = tmp_path / "whole"
+  with launch(whole) as process:
+    assert process.communicate(timeout=300)
+    assert process.returncode == 0
+  for kind, step in ((signal.SIGKILL, 12), (signal.SIGTERM, 17)):
+    cut = tmp_path / kind.name
+    with launch(cut, "--config.data.workers=1") as process:
+      deadline = time.time() + 300
+      while time.time() < deadline and process.poll() is None:
+        if (cut / "metrics.jsonl").exists() and len(losses(cut)) >= step:
+          break
+        time.sleep(0.05)
+      assert process.poll() is None, "it ended before it could be stopped"
+      process.send_signal(kind)
+      out, _ = process.communicate(timeout=120)
+    assert len(losses(cut)) < 40
+    assert ("To continue:" in out) == (kind == signal.SIGTERM)
+    with launch(cut) as process:
+      assert process.communicate(timeout=300)
+      assert process.returncode == 0
+    assert_same_run(whole, cut)
 
 
 @pytest.mark.parametrize(
