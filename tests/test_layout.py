@@ -19,6 +19,7 @@ ALLOWED = {
   "resolve": {"api"},
   "models": FOUNDATION,
   "losses": FOUNDATION,
+  "weights": FOUNDATION | {"models"},
   "tasks": FOUNDATION | {"losses"},
   "data": FOUNDATION,
   "evaluators": FOUNDATION | {"pictures"},
