@@ -25,6 +25,7 @@ from big_vision_like import (
   train_step,
 )
 from big_vision_like.data import budgets, packing, pipeline
+from big_vision_like.data.batches import BrokenImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +195,11 @@ class EvalBatches:
       process_count=jax.process_count(),
       **settings,
     )
-    return self._open(dataset)
+    return self._open(dataset, source)
 
-  def _open(self, dataset):
+  def _open(self, dataset, source):
     data = self.parts.config.data
+    broken = BrokenImages(source.name, max_broken=data.max_broken)
     iterator = pipeline.open_iterator(
       dataset,
       workers=data.workers,
@@ -207,7 +209,9 @@ class EvalBatches:
     placed = sharding.batch_sharding(self.parts.mesh)
     try:
       for batch in iterator:
-        yield pipeline.to_device(batch, placed)
+        arrays, host = pipeline.to_device(batch, placed)
+        broken.update(host)
+        yield arrays, host
     finally:
       iterator.close()
 

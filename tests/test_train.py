@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from big_vision_like import checkpoint, pictures, sharding, train
 from configs import navit_jft, vit_jft
@@ -154,6 +155,28 @@ def test_stopping_says_how_to_continue(tmp_path, monkeypatch, capsys):
   out = capsys.readouterr().out
   assert "Stopped after step 1 of 6" in out
   assert "To continue:\n  python launch.py --workdir here" in out
+
+
+def test_trains_on_a_folder_with_broken_photographs(tmp_path, caplog):
+  rng = np.random.default_rng(0)
+  for split, count in (("train", 12), ("val", 4)):
+    for name in ("cat", "dog"):
+      folder = tmp_path / "photos" / split / name
+      folder.mkdir(parents=True)
+      for i in range(count):
+        pixels = rng.integers(0, 256, (64 + 8 * i, 83, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    whole = (folder / "3.jpg").read_bytes()
+    (folder / "3.jpg").write_bytes(whole[: len(whole) // 3])
+  config = tiny(
+    f"data=folder:{tmp_path / 'photos'}",
+    **{"data.max_broken": 0.2, "data.pack.length": 256},
+  )
+  run = tmp_path / "run"
+  train.train(config, run)
+  assert np.isfinite(list(losses(run).values())).all()
+  for name in ("train/dog/3.jpg", "val/dog/3.jpg"):
+    assert name in caplog.text
 
 
 @pytest.mark.slow
