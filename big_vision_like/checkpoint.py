@@ -270,52 +270,6 @@ def load_params(
   return load_variables(path, step=step, ema=ema)["params"]
 
 
-def init_from(
-  params: api.PyTree, loaded: api.PyTree, *, skip: Sequence[str] = ()
-) -> tuple[api.PyTree, str]:
-  """Replaces fresh parameters by loaded ones of the same names and shapes.
-
-  Args:
-    params: fresh parameters; they give dtypes and shardings.
-    loaded: arrays by the same paths, such as those of `load_params`.
-    skip: regexes of whole paths: these stay fresh, and are ignored if only
-      the checkpoint has them.
-
-  Returns:
-    The parameters, and a table of what was taken and what was not.
-
-  Raises:
-    ValueError: if anything outside `skip` is missing, left over or of another
-      shape; it names the parameters on both sides. Also if a regex of `skip`
-      matches nothing.
-  """
-  fresh, given = trees.flatten(params), trees.flatten(loaded)
-  skipped = _matching([*fresh, *given], skip)
-  here, there = (
-    {k: tuple(x.shape) for k, x in flat.items() if k not in skipped}
-    for flat in (fresh, given)
-  )
-  if here != there:
-    same = sum(here[k] == there.get(k) for k in here)
-    raise ValueError(
-      f"config.init_from: {same} of {len(fresh)} parameters of the model match "
-      f"the checkpoint, and these do not.\n{_differences(here, there)}"
-      "Regexes in config.init_skip, such as ('head/.*',), say what may stay "
-      "freshly initialised."
-    )
-  taken = {k: _place(given[k], fresh[k]) for k in here}
-  params = jax.tree_util.tree_map_with_path(
-    lambda path, x: taken.get(trees.path_name(path), x), params
-  )
-  stays = {k: x.shape for k, x in fresh.items() if k not in taken}
-  unused = {k: x.shape for k, x in given.items() if k not in taken}
-  return params, (
-    _listing(f"Taken, {trees.count(taken):,} numbers", here)
-    + _listing("Freshly initialised", stays)
-    + _listing("Unused in the checkpoint", unused)
-  ).rstrip()
-
-
 def check_same_config(folder: str | os.PathLike, config: str):
   """Refuses to continue a run with a config that would train another one.
 
@@ -477,23 +431,32 @@ def _check_same(wanted: dict[str, Any], stored: Any, path: Path):
   if here != there:
     raise ValueError(
       f"The checkpoint {path} does not hold the train state of this run's "
-      f"model and optimizer.\n{_differences(here, there)}"
+      f"model and optimizer.\n{differences(here, there)}"
     )
 
 
-def _differences(here: dict[str, Any], there: dict[str, Any]) -> str:
+def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
   """A model's parameters beside a checkpoint's, where they differ."""
   changed = [k for k in here if k in there and here[k] != there[k]]
   return (
-    _listing("Only in the model", {k: here[k] for k in here if k not in there})
-    + _listing(
+    listing("Only in the model", {k: here[k] for k in here if k not in there})
+    + listing(
       "Only in the checkpoint", {k: there[k] for k in there if k not in here}
     )
-    + _listing(
+    + listing(
       "Different (model, checkpoint)",
       {k: f"{here[k]}, {there[k]}" for k in changed},
     )
   )
+
+
+def listing(title: str, rows: Mapping[str, Any]) -> str:
+  """A titled table of names and values; empty without rows."""
+  if not rows:
+    return ""
+  width = max(map(len, rows))
+  lines = [f"  {name:{width}}  {value}" for name, value in rows.items()]
+  return "\n".join([f"{title} ({len(rows)}):", *lines, ""])
 
 
 def _find_checkpoints(path: Path) -> tuple[Path, int | None]:
@@ -536,33 +499,3 @@ def _best_step(manager, steps: list[int], folder: Path) -> int:
       f"No checkpoint in {folder} is scored by config.checkpoint.best = {best}."
     )
   return max(scores, key=lambda s: (scores[s], s))
-
-
-def _matching(names: list[str], regexes: Sequence[str]) -> set[str]:
-  found = {
-    regex: {k for k in names if re.fullmatch(regex, k)} for regex in regexes
-  }
-  for regex, hits in found.items():
-    if not hits:
-      raise ValueError(
-        f"config.init_skip: {regex!r} matches no parameter of the model or the "
-        "checkpoint. It has to match a whole path."
-      )
-  return set().union(*found.values())
-
-
-def _listing(title: str, rows: Mapping[str, Any]) -> str:
-  if not rows:
-    return ""
-  width = max(map(len, rows))
-  lines = [f"  {name:{width}}  {value}" for name, value in rows.items()]
-  return "\n".join([f"{title} ({len(rows)}):", *lines, ""])
-
-
-def _place(value: Any, like: Any) -> Any:
-  value = np.asarray(value).astype(like.dtype)
-  if not isinstance(like, jax.Array):
-    return value
-  return jax.make_array_from_callback(
-    like.shape, like.sharding, lambda index: value[index]
-  )

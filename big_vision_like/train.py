@@ -31,6 +31,7 @@ from big_vision_like import (
   sharding,
   train_step,
   trees,
+  warm_start,
 )
 from big_vision_like.data import batches, pipeline
 
@@ -169,13 +170,23 @@ class _Run:
 
   def _init_from(self, state: api.TrainState) -> api.TrainState:
     config = self.config
-    loaded = checkpoint.load_params(config.init_from)
-    params, report = checkpoint.init_from(
-      state.params, loaded, skip=tuple(config.init_skip)
+    fresh = {**state.params, **state.model_state}
+    loaded = warm_start.load(
+      config.init_from,
+      name=config.model.name,
+      model=self.parts.model,
+      shapes={"params": state.params, **state.model_state},
+      resize=tuple(config.init_resize),
+    )
+    loaded = {**loaded.pop("params"), **loaded}
+    whole, report = warm_start.init_from(
+      fresh, loaded, skip=tuple(config.init_skip)
     )
     print(f"Parameters from {config.init_from}:\n{report}")
+    params = {k: whole[k] for k in state.params}
+    model_state = {k: whole[k] for k in state.model_state}
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-    return state.replace(params=params, ema=ema)
+    return state.replace(params=params, model_state=model_state, ema=ema)
 
   def _jit_step(self):
     parts, config = self.parts, self.config

@@ -28,10 +28,13 @@ def base() -> ConfigDict:
 
   # name = file in models/, and what its `Model` takes.
   c.model = ConfigDict()
-  # A run folder or checkpoint whose parameters to start from, and regexes of
-  # the parameters that stay freshly initialised.
+  # What to start from: a run folder, a checkpoint, a file of published weights
+  # (.safetensors, .npz, .pth) or "hf://org/name"; regexes of the parameters
+  # that stay freshly initialised; what of a file may be resized to fit, such as
+  # ("positions",).
   c.init_from = ""
   c.init_skip = ()
+  c.init_resize = ()
   # Model keyword -> choices, one drawn at each step (one compile each).
   c.static = ConfigDict()
   # name = file in tasks/, and what its `Task` takes.

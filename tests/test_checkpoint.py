@@ -346,62 +346,6 @@ def test_loading_refuses_what_is_not_there(saved, tmp_path):
     checkpoint.load_params(run, step="best")
 
 
-def test_init_from_takes_values_and_keeps_dtype_and_layout():
-  mesh = mesh_of(FULL)
-  fresh = place(make_state(seed=0), mesh).params
-  fresh["head"]["kernel"] = fresh["head"]["kernel"].astype(jnp.bfloat16)
-  loaded = jax.device_get(random_params(1))
-  got, report = checkpoint.init_from(fresh, loaded)
-  for name, x in trees.flatten(got).items():
-    like, value = trees.flatten(fresh)[name], trees.flatten(loaded)[name]
-    assert (x.dtype, x.sharding) == (like.dtype, like.sharding)
-    np.testing.assert_array_equal(
-      np.asarray(x), np.asarray(value).astype(like.dtype)
-    )
-  total = trees.count(loaded)
-  assert report.startswith(f"Taken, {total:,} numbers (4):")
-  assert re.search(r"blocks/mlp/fc1/kernel +\(3, 8, 16\)", report)
-  assert "Freshly" not in report
-  assert "Unused" not in report
-
-
-def test_a_half_matching_checkpoint_is_refused_with_names_on_both_sides():
-  fresh, loaded = random_params(0), random_params(1)
-  fresh["memory"] = {"tokens": np.ones((2, 8), np.float32)}
-  loaded["head"]["kernel"] = np.ones((8, 17), np.float32)
-  loaded["pre_logits"] = {"bias": np.ones(8, np.float32)}
-  with pytest.raises(ValueError, match=r"config\.init_from: 3 of 5 ") as e:
-    checkpoint.init_from(fresh, loaded)
-  assert "Only in the model (1):\n  memory/tokens  (2, 8)\n" in str(e.value)
-  assert "Only in the checkpoint (1):\n  pre_logits/bias  (8,)\n" in str(
-    e.value
-  )
-  assert (
-    "Different (model, checkpoint) (1):\n  head/kernel  (8, 11), (8, 17)\n"
-    in str(e.value)
-  )
-  assert "config.init_skip, such as ('head/.*',)" in str(e.value)
-
-  skip = ("head/.*", "memory/.*", "pre_logits/.*")
-  got, report = checkpoint.init_from(fresh, loaded, skip=skip)
-  np.testing.assert_array_equal(got["head"]["kernel"], fresh["head"]["kernel"])
-  np.testing.assert_array_equal(got["memory"]["tokens"], np.ones((2, 8)))
-  np.testing.assert_array_equal(
-    got["blocks"]["mlp"]["fc1"]["kernel"],
-    loaded["blocks"]["mlp"]["fc1"]["kernel"],
-  )
-  fresh_rows = report.split("Freshly initialised (3):")[1].split("Unused")[0]
-  for name in ("head/kernel", "head/bias", "memory/tokens"):
-    assert name in fresh_rows
-  assert "pre_logits/bias" in report.split("Unused in the checkpoint (3):")[1]
-
-
-def test_a_skip_rule_that_matches_nothing_is_refused():
-  params = random_params()
-  with pytest.raises(ValueError, match=r"config\.init_skip: 'haed/\.\*' match"):
-    checkpoint.init_from(params, params, skip=("haed/.*",))
-
-
 CONFIG = {
   "total_steps": 100,
   "log_every": 50,

@@ -34,6 +34,7 @@ ALLOWED = {
   "audit": FOUNDATION,
   "pictures": FOUNDATION | {"observe"},
   "train_step": FOUNDATION,
+  "warm_start": FOUNDATION | {"checkpoint", "weights"},
   "build": FOUNDATION | {"data", "flops", "optim", "sharding", "train_step"},
 }
 EVERYTHING = {"train", "commands", "benchmarks", "__main__"}

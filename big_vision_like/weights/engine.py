@@ -12,6 +12,7 @@ strictly: no array may be left over on either side.
 
 import dataclasses
 import difflib
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from big_vision_like.api import SCANNED, PyTree
 from big_vision_like.models.layers.encoder import stack_blocks, unstack_blocks
 
 Tensors = dict[str, np.ndarray]
+SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,8 +199,8 @@ def read(path: str | Path) -> Tensors:
   path = Path(path)
   if not path.is_file():
     raise ValueError(f"There is no file of weights {path}.")
-  readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
-  readers |= dict.fromkeys((".pth", ".pt", ".bin"), _read_torch)
+  readers = dict.fromkeys(SUFFIXES, _read_torch)
+  readers |= {".safetensors": _read_safetensors, ".npz": _read_npz}
   if path.suffix not in readers:
     raise ValueError(
       f"{path}: weights come as one of {', '.join(readers)}, and this is "
@@ -291,8 +293,9 @@ def import_weights(
   model: nn.Module,
   shapes: PyTree,
   layout: str | None = None,
+  resize: Sequence[str] = (),
 ) -> tuple[PyTree, str]:
-  """Their arrays as our variables, float32 where ours are.
+  """Their arrays as the variables of a model, of its shapes and dtypes.
 
   Args:
     tensors: arrays by their names.
@@ -300,6 +303,7 @@ def import_weights(
     model: the model that shall hold them.
     shapes: of all its variables: "params" and, if it has any, "batch_stats".
     layout: whose names they are; None: recognised from the names.
+    resize: what may be resized to fit, see `to_ours`.
 
   Returns:
     The variables, and the layout.
@@ -307,6 +311,36 @@ def import_weights(
   Raises:
     ValueError: if anything is missing, left over or of another shape; it lists
       the names on both sides.
+  """
+  variables, layout = to_ours(
+    tensors,
+    name=name,
+    model=model,
+    shapes=shapes,
+    layout=layout,
+    resize=resize,
+  )
+  return _checked(variables, shapes, layout), layout
+
+
+def to_ours(
+  tensors: Tensors,
+  *,
+  name: str,
+  model: nn.Module,
+  shapes: PyTree,
+  layout: str | None = None,
+  resize: Sequence[str] = (),
+) -> tuple[PyTree, str]:
+  """As `import_weights`, but shapes may still differ from the model's.
+
+  Args:
+    tensors, name, model, shapes, layout: see `import_weights`.
+    resize: names in RESIZE of weights/<name>.py: functions of the model, our
+      arrays by path and the shapes by path, which return the arrays resized.
+
+  Raises:
+    ValueError: if a name is missing or left over, or there is no such resize.
   """
   known = layouts(name)
   if layout is None:
@@ -333,10 +367,27 @@ def import_weights(
   for rule in rules:
     arrays = rule.load(*(tensors[k] for k in rule.theirs))
     flat |= dict(zip(rule.ours, arrays, strict=True))
+  for kind in resize:
+    flat = _resizes(name, kind)(model, flat, _flat_shapes(shapes))
   variables = trees.unflatten(flat)
   if _is_scanned(shapes):
     variables = stack_blocks(variables)
-  return _checked(variables, shapes, layout), layout
+  return variables, layout
+
+
+def _resizes(name, kind):
+  module = importlib.import_module(f"{resolve.PACKAGE}.weights.{name}")
+  known = getattr(module, "RESIZE", {})
+  if kind not in known:
+    raise ValueError(
+      f"config.init_resize: {kind!r} of {name} cannot be resized. What can: "
+      f"{', '.join(known) or 'nothing'}."
+    )
+  return known[kind]
+
+
+def _flat_shapes(shapes):
+  return {k: tuple(x.shape) for k, x in trees.flatten(shapes).items()}
 
 
 def recognise(tensors: Tensors, name: str, model: nn.Module) -> str:
