@@ -24,7 +24,7 @@ from big_vision_like import (
   sharding,
   train_step,
 )
-from big_vision_like.data import budgets, packing, pipeline
+from big_vision_like.data import budgets, multi_scale, packing, pipeline
 from big_vision_like.data.batches import BrokenImages
 
 
@@ -56,13 +56,11 @@ def build(config: ConfigDict) -> Parts:
     if config[key] is None:
       raise ValueError(f"config.{key} is not set.")
   mesh = sharding.make_mesh(dict(config.mesh))
-  sharding.check_batch_size(config.batch_size, mesh)
-  if config.batch_size % config.accum_steps:
-    raise ValueError(
-      f"config.batch_size = {config.batch_size} is not divisible by "
-      f"config.accum_steps = {config.accum_steps}."
-    )
-  sharding.check_batch_size(config.batch_size // config.accum_steps, mesh)
+  _check_batch_size(config, mesh, config.batch_size, "config.batch_size")
+  if config.data.scales is not None:
+    for h, w, batch_size in multi_scale.check(config.data.scales):
+      where = f"The batch of {h} x {w} in config.data.scales"
+      _check_batch_size(config, mesh, batch_size, where)
   source = make_source(config, config.data.split)
   task = make_task(config, len(source.label_names))
   model = make_model(config, task.num_classes)
@@ -76,6 +74,19 @@ def build(config: ConfigDict) -> Parts:
     model=model,
     task=task,
   )
+
+
+def _check_batch_size(
+  config: ConfigDict, mesh: jax.sharding.Mesh, batch_size: int, key: str
+) -> None:
+  """Refuses what micro-batches or devices cannot share evenly."""
+  sharding.check_batch_size(batch_size, mesh, key=key)
+  if batch_size % config.accum_steps:
+    raise ValueError(
+      f"{key} = {batch_size} is not divisible by "
+      f"config.accum_steps = {config.accum_steps}."
+    )
+  sharding.check_batch_size(batch_size // config.accum_steps, mesh, key=key)
 
 
 def plain(section: ConfigDict | None) -> dict[str, Any]:
@@ -124,6 +135,8 @@ def make_train_data(config: ConfigDict, source: api.Source, num_classes: int):
     pack=pack,
     sizes=None if pack is None else budgets.Sizes(**plain(data.sizes)),
     drop=None if pack is None else budgets.Drop(**plain(data.drop)),
+    scales=data.scales,
+    repeats=data.repeats,
     batch_size=config.batch_size,
     total_steps=config.total_steps,
     seed=config.seed,
@@ -148,7 +161,8 @@ def count_step_flops(parts: Parts, tx: optax.GradientTransformation) -> float:
   """Model FLOPs of a training step on the global batch.
 
   By convention they are those of plain attention without rematerialisation:
-  neither what a kernel skips nor what it computes twice counts.
+  neither what a kernel skips nor what it computes twice counts. Of batches
+  with several shapes, which are equally likely, we take the mean.
   """
   plain = {"attention": "xla", "remat": "none"}
   model = parts.model.clone(
@@ -160,7 +174,8 @@ def count_step_flops(parts: Parts, tx: optax.GradientTransformation) -> float:
       model, parts.task, tx, jax.random.key(0), zeros(parts.batch_spec)
     )
   )
-  return flops.count_flops(step, state, parts.batch_spec)
+  specs = pipeline.specs(parts.train_data)
+  return sum(flops.count_flops(step, state, s) for s in specs) / len(specs)
 
 
 def zeros(spec: api.Batch) -> api.Batch:
@@ -218,12 +233,13 @@ class EvalBatches:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """One entry of `config.evals`."""
+  """One entry of `config.evals`; `static` are keywords of the model."""
 
   name: str
   every: int
   evaluator: api.Evaluator
   batches: EvalBatches
+  static: api.Static
 
 
 def make_evaluations(parts: Parts) -> list[Evaluation]:
@@ -232,23 +248,26 @@ def make_evaluations(parts: Parts) -> list[Evaluation]:
     settings = plain(section)
     every = settings.pop("every", 0)
     data = settings.pop("data", {})
+    static = tuple(sorted(settings.pop("static", {}).items()))
     evaluator = resolve.make(
       "evaluators", "Evaluator", f"config.evals.{name}", settings
     )
     batches = EvalBatches(parts, data)
-    evaluations.append(Evaluation(name, every, evaluator, batches))
+    evaluations.append(Evaluation(name, every, evaluator, batches, static))
   return evaluations
 
 
 def jit_predict(parts: Parts, state_shardings: api.TrainState):
-  """(state, batch) -> numpy predictions of the global batch."""
+  """(state, batch, static) -> numpy predictions of the global batch."""
   predict = jax.jit(
     train_step.make_predict(parts.model, parts.task),
     static_argnums=2,
     in_shardings=(state_shardings, sharding.batch_sharding(parts.mesh)),
     out_shardings=sharding.replicated(parts.mesh),
   )
-  return lambda state, batch: jax.device_get(predict(state, batch))
+  return lambda state, batch, static=(): jax.device_get(
+    predict(state, batch, static)
+  )
 
 
 def run_evaluation(
@@ -259,7 +278,7 @@ def run_evaluation(
   target.mkdir(parents=True, exist_ok=True)
   try:
     scores = evaluation.evaluator.run(
-      predict=functools.partial(predict, state),
+      predict=functools.partial(predict, state, static=evaluation.static),
       batches=evaluation.batches,
       folder=target,
     )

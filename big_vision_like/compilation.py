@@ -53,8 +53,23 @@ class RecompileGuard:
   the static arguments: some microseconds for a batch of ten arrays.
   """
 
-  def __init__(self) -> None:
+  def __init__(
+    self,
+    expected: Sequence[PyTree] = (),
+    statics: Sequence[Sequence[tuple[str, Hashable]]] = ((),),
+  ) -> None:
+    """Takes what a call may look like: nothing is said of the first of each.
+
+    Args:
+      expected: batches or their shapes and dtypes, as `pipeline.specs` gives.
+      statics: the static arguments that may come with each of them.
+    """
     self._seen: dict[tuple, dict[str, tuple[Any, Any]]] = {}
+    self._expected = {
+      (_shapes(batch), tuple(static))
+      for batch in expected
+      for static in statics
+    }
 
   def check(
     self, batch: PyTree, static: Sequence[tuple[str, Hashable]] = ()
@@ -71,12 +86,23 @@ class RecompileGuard:
       return None
     changes = [_differences(old, signature) for old in self._seen.values()]
     self._seen[key] = signature
+    call = (_shapes(batch), tuple(static))
+    if call in self._expected:
+      self._expected.remove(call)
+      return None
     if not changes:
       return None
     return (
       f"{'; '.join(min(changes, key=len))}. This is program "
       f"{len(self._seen)} of the step; a closed set of shapes avoids more."
     )
+
+
+def _shapes(batch: PyTree) -> frozenset[tuple[str, str]]:
+  """Dtype and shape of every array, by path."""
+  return frozenset(
+    (k, _abstract(v)[0]) for k, v in trees.flatten(batch).items()
+  )
 
 
 def _abstract(leaf: Any) -> tuple[str, Any]:

@@ -1,13 +1,15 @@
 """Optimizers: optax parts in one fixed order, steered by parameter rules.
 
 The order: clip the gradients of the trained parameters by their global norm,
-scale them by the optimizer, add decayed weights, multiply by the learning rate
-of the step and of the parameter. Weight decay is thus decoupled, and
-multiplied by the learning rate, as the papers quote it.
+or each by the norm of its parameter (adaptive gradient clipping), scale them
+by the optimizer, add decayed weights, multiply by the learning rate of the
+step and of the parameter. Weight decay is thus decoupled, and multiplied by
+the learning rate, as the papers quote it.
 """
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ def make(
   lr: int | float,
   wd: int | float,
   clip: int | float | None,
+  clip_mode: str = "norm",
   schedule: Mapping[str, Any],
   total_steps: int,
   params: api.PyTree,
@@ -42,6 +45,8 @@ def make(
     lr: peak learning rate.
     wd: weight decay; step t subtracts lr(t) * lr_mult * wd * wd_mult * p.
     clip: largest global norm of the gradients; None or 0 does not clip.
+    clip_mode: "norm" for that, or "agc" to make `clip` the largest share that
+      the norm of a gradient may have of its parameter's, see `adaptive_clip`.
     schedule: `name` of a schedule and its settings, see `make_schedule`.
     total_steps: length of the run.
     params: the parameters, or their shapes.
@@ -55,6 +60,7 @@ def make(
     ValueError: for unknown names and settings, and for a regex of `frozen`
       that matches no parameter.
   """
+  clip_by = _choose(CLIPS, clip_mode, "config.optim.clip_mode")
   lr_fn = make_schedule(lr=lr, total_steps=total_steps, **schedule)
   build = _choose(OPTIMIZERS, name, "config.optim.name")
   _check_settings(build, settings, f"config.optim.settings of {name!r}")
@@ -71,7 +77,7 @@ def make(
         "be positive. List what shall not train in config.optim.frozen."
       )
   tx = optax.chain(
-    optax.clip_by_global_norm(clip) if clip else optax.identity(),
+    clip_by(clip, params) if clip else optax.identity(),
     build(names, **settings),
     _each(lambda k, update, param: update + decay[k] * param),
     optax.scale_by_schedule(lambda count: -lr_fn(count)),
@@ -84,6 +90,50 @@ def make(
   )
   parts = {"trained": tx, "frozen": optax.set_to_zero()}
   return optax.partition(parts, labels), lr_fn
+
+
+def adaptive_clip(
+  factor: int | float, params: api.PyTree
+) -> optax.GradientTransformation:
+  """Adaptive gradient clipping (Brock et al. 2021), unit by unit as in timm.
+
+  Where the gradient of a unit has a norm above factor * max(|unit|, 1e-3), it
+  is scaled down to that. A unit is what feeds one output of a kernel; a bias,
+  a scale or any other vector as a whole; of other arrays (tables, tokens), one
+  index of the leading axis. Every layer of scanned parameters has its own.
+  """
+  axes = {k: _unit_axes(k, x.ndim) for k, x in trees.flatten(params).items()}
+  parts = {
+    str(group): optax.adaptive_grad_clip(factor, axis=group)
+    for group in set(axes.values())
+  }
+
+  def labels(tree):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: str(axes[trees.path_name(path)]), tree
+    )
+
+  return optax.partition(parts, labels)
+
+
+def _unit_axes(name: str, ndim: int) -> tuple[int, ...]:
+  """The axes that the norm of a unit is taken over."""
+  parts = name.split("/")
+  first = int(api.SCANNED in parts)
+  axes = tuple(range(first, ndim))
+  if len(axes) <= 1 or parts[-1] == "bias":
+    return axes
+  if parts[-1] != "kernel":
+    return axes[1:]
+  if len(axes) == 3 and re.fullmatch(".*(query|key|value)/kernel", name):
+    return axes[:1]  # (D, K, head): a unit for each head's channel
+  return axes[:-1]
+
+
+CLIPS = {
+  "norm": lambda clip, params: optax.clip_by_global_norm(clip),
+  "agc": adaptive_clip,
+}
 
 
 def frozen_mask(params: api.PyTree, frozen: Sequence[str]) -> api.PyTree:

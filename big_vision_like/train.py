@@ -8,6 +8,7 @@ uninterrupted one would have seen, and the device never waits for the log.
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,12 @@ def train(
     return _Run(parts, folder, command, started, interrupt, stack).loop()
 
 
+def all_static(config: ConfigDict) -> list[api.Static]:
+  """Everything that `draw_static` may give."""
+  choices = [[(k, v) for v in vs] for k, vs in sorted(config.static.items())]
+  return list(itertools.product(*choices))
+
+
 def draw_static(config: ConfigDict, step: int) -> api.Static:
   """The compile-time keywords of a step; equal on all hosts."""
   rng = np.random.default_rng((config.seed, step))
@@ -115,7 +122,9 @@ class _Run:
     self.train_step = self._jit_step()
     self.predict = build.jit_predict(parts, self.shardings)
     self.audit = audit.GradientAudit(frozen=config.optim.frozen)
-    self.recompiles = compilation.RecompileGuard()
+    self.recompiles = compilation.RecompileGuard(
+      pipeline.specs(parts.train_data), all_static(config)
+    )
     self.broken = batches.BrokenImages(
       parts.source.name, max_broken=config.data.max_broken
     )

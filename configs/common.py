@@ -53,6 +53,13 @@ def base() -> ConfigDict:
   # Law of resolutions and law of token dropping, for packed training.
   c.data.sizes = None
   c.data.drop = None
+  # For stacked training: (height, width, images in the global batch) triples,
+  # one drawn at each step (one compile each); data.ops then say {h} and {w}.
+  # data.multi_scale.scales makes those of MobileViT. None: one size.
+  c.data.scales = None
+  # Repeated augmentation, for stacked training: an image comes so often in a
+  # row, each time augmented anew.
+  c.data.repeats = 1
   # Worker processes (0: none) and reading threads, batches read ahead.
   c.data.workers = 0
   c.data.threads = 2
@@ -65,7 +72,10 @@ def base() -> ConfigDict:
   c.optim.lr = 1e-3
   # Multiplied by the learning rate of the step and by the rule of wd_mults.
   c.optim.wd = 0.0
+  # Largest global norm of the gradients ("norm"), or largest share of a unit's
+  # norm that its gradient may have ("agc"); 0 does not clip.
   c.optim.clip = 1.0
+  c.optim.clip_mode = "norm"
   c.optim.schedule = ConfigDict(dict(name="cosine", warmup=0.1))
   # Rules over parameter paths: first match wins.
   c.optim.lr_mults = ((".*", 1.0),)
@@ -90,7 +100,8 @@ def base() -> ConfigDict:
   c.checkpoint.best = None
 
   # name -> dict(name = file in evaluators/, every = steps (0: at the end),
-  # data = dict(split, limit, tokens, batch_size), and its settings).
+  # data = dict(split, limit, tokens, batch_size), static = model keywords such
+  # as dict(grid=15), and its settings).
   c.evals = ConfigDict()
   return c.lock()
 

@@ -127,3 +127,23 @@ def test_the_guard_agrees_with_jax_on_shardings_and_weak_types():
     traces.append(step._cache_size() > before)
     assert new == traces[-1], value.aval
   assert traces.count(True) >= 3
+
+
+def test_the_guard_is_silent_on_expected_shapes_once_each():
+  shapes = [jax.eval_shape(lambda n=n: batch(rows=n)) for n in (4, 3, 2)]
+  guard = compilation.RecompileGuard(expected=shapes)
+  for rows in (4, 3, 4, 2, 3):
+    assert guard.check(batch(rows=rows)) is None
+  assert "uint8[4,7,12] to uint8[1,7,12]" in guard.check(batch(rows=1))
+  # A second program for an expected shape is a surprise all the same.
+  said = guard.check(batch(rows=3), (("grid", 15),))
+  assert "`static grid` went from absent to 15" in said
+  assert "program 5" in said
+
+
+def test_the_guard_is_silent_on_expected_static_arguments():
+  statics = [(("grid", n),) for n in (6, 8)]
+  guard = compilation.RecompileGuard([batch()], statics)
+  for n in (8, 6, 8):
+    assert guard.check(batch(), (("grid", n),)) is None
+  assert "went from" in guard.check(batch(), (("grid", 7),))

@@ -39,7 +39,13 @@ ALLOWED = {
 }
 EVERYTHING = {"train", "commands", "benchmarks", "__main__"}
 # Runs in data workers, where touching a device would be a fault.
-NO_JAX = ("data/ops.py", "data/packing.py", "data/budgets.py", "data/sources")
+NO_JAX = (
+  "data/ops.py",
+  "data/augment.py",
+  "data/packing.py",
+  "data/budgets.py",
+  "data/sources",
+)
 
 
 def imports(path: pathlib.Path) -> set[str]:

@@ -384,3 +384,80 @@ def test_adamw_equals_torch():
   for k, x in got.items():
     # float32 on both sides; the order of operations differs.
     np.testing.assert_allclose(x, tensors[k].detach().numpy(), atol=2e-6)
+
+
+UNITS = {
+  "fc/kernel": (7, 5),
+  "fc/bias": (5,),
+  "conv/kernel": (3, 3, 2, 5),
+  "depthwise/kernel": (3, 3, 1, 5),
+  "biases": (3, 11),
+}
+
+
+def to_torch(name, array):
+  """In torch the axis of the outputs comes first."""
+  return np.moveaxis(array, -1, 0) if name.endswith("kernel") else array
+
+
+@pytest.mark.parity
+def test_adaptive_clipping_is_timms():
+  import torch
+  from timm.utils.agc import adaptive_clip_grad
+
+  params, grads = random_tree(UNITS, 0), random_tree(UNITS, 1)
+  # Of some units the gradient is small enough, of some the parameters are 0.
+  grads["fc"]["kernel"][:, :2] *= 1e-3
+  params["conv"]["kernel"][..., 0] = 0.0
+  grads["biases"][1] = 0.0
+  tx, _ = make(
+    params, name="sgd", momentum=0.0, lr=1.0, clip=0.02, clip_mode="agc"
+  )
+  ours = trees.flatten(first_update(tx, params, grads))
+  for name, value in trees.flatten(params).items():
+    theirs = torch.nn.Parameter(torch.tensor(to_torch(name, value)))
+    grad = trees.flatten(grads)[name]
+    theirs.grad = torch.tensor(to_torch(name, grad))
+    adaptive_clip_grad(theirs, 0.02)
+    expected = theirs.grad.numpy()
+    # Norms of up to 99 float32 numbers, added in another order.
+    np.testing.assert_allclose(
+      to_torch(name, -np.asarray(ours[name])), expected, rtol=2e-6
+    )
+    assert not np.array_equal(expected, to_torch(name, grad)), name
+
+
+def test_adaptive_clipping_knows_the_units_of_attention_and_of_scans():
+  """Norms by hand: every unit ends with a norm of 0.1 of its parameter's."""
+  shapes = {
+    "attn/query/kernel": ((7, 3, 5), (0,)),
+    "attn/query/bias": ((3, 5), (0, 1)),
+    "attn/out/kernel": ((3, 5, 7), (0, 1)),
+    "blocks/fc/kernel": ((2, 5, 7), (1,)),
+    "blocks/fc/bias": ((2, 7), (1,)),
+    "blocks/attn/key/kernel": ((2, 7, 3, 5), (1,)),
+    "pos_embedding": ((1, 11, 7), (1, 2)),
+  }
+  params = random_tree({k: s for k, (s, _) in shapes.items()}, 0)
+  grads = random_tree({k: s for k, (s, _) in shapes.items()}, 1)
+  settings = dict(name="sgd", momentum=0.0, lr=1.0, clip_mode="agc")
+  tx, _ = make(params, **settings, clip=0.1)
+  got = trees.flatten(first_update(tx, params, grads))
+  for name, (_, axes) in shapes.items():
+    param, grad = trees.flatten(params)[name], trees.flatten(grads)[name]
+    norm = lambda x, axes=axes: np.sqrt((x**2).sum(axes, keepdims=True))
+    expected = grad * np.minimum(1.0, 0.1 * norm(param) / norm(grad))
+    np.testing.assert_allclose(-got[name], expected, rtol=1e-5, err_msg=name)
+  frozen, _ = make(params, **settings, clip=0.1, frozen=("attn/.*",))
+  kept = trees.flatten(first_update(frozen, params, grads))
+  np.testing.assert_array_equal(kept["pos_embedding"], got["pos_embedding"])
+  assert not kept["attn/out/kernel"].any()
+  free = first_update(make(params, **settings, clip=0)[0], params, grads)
+  np.testing.assert_array_equal(-free["pos_embedding"], grads["pos_embedding"])
+
+
+def test_an_unknown_way_to_clip_lists_the_known_ones():
+  with pytest.raises(
+    ValueError, match=r"clip_mode = 'acg'.*Did you mean 'agc'"
+  ):
+    make(random_tree(SHAPES, 0), clip=1.0, clip_mode="acg")

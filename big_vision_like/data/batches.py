@@ -30,14 +30,24 @@ class Shuffle:
   A Feistel network over the digits of i in base a, a x b >= n, which walks on
   while it lands beyond n: any position is found without those before it.
   (grain's shuffle takes 0.6 ms an index for a hundred examples.)
+
+  Repeated augmentation (Hoffer et al. 2020; arXiv 2012.12877) gives each image
+  `repeats` times in a row, in n positions the first n / repeats images of the
+  permutation, as the sampler of DeiT does over all its processes.
   """
 
   n: int
   seed: int
+  repeats: int = 1
+
+  def __post_init__(self) -> None:
+    if self.repeats < 1:
+      raise ValueError(f"data.repeats is 1 or more, not {self.repeats}.")
 
   def __call__(self, position: int) -> int:
     """The source's index at a position of the stream."""
     epoch, i = divmod(position, self.n)
+    i //= self.repeats
     a = math.isqrt(self.n - 1) + 1
     b = -(-self.n // a)
     while True:
@@ -86,8 +96,17 @@ class Shard:
 
   def rows(self, step: int) -> range:
     """The global rows of a step on this process."""
-    start = step * self.batch_size + self.index * self.local
+    return self.part(step * self.batch_size)
+
+  def part(self, start: int) -> range:
+    """The global rows on this process of a batch that begins at `start`."""
+    start += self.index * self.local
     return range(start, start + self.local)
+
+
+# What classification needs beside the pixels. Ops would have to move boxes and
+# masks along, and some cannot.
+_KEPT = ("id", "label", "multi_label")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +149,8 @@ class Reader:
     rng = planning.random(self.seed, position)
     try:
       image = ops_lib.decode(example["image"])
-      example = self.op({**example, "image": image}, rng)
+      kept = {k: example[k] for k in _KEPT if k in example}
+      example = self.op({**kept, "image": image}, rng)
     except ops_lib.BrokenImage:
       return None
     self._check(example, name)
@@ -327,8 +347,12 @@ class StackedBatches(grain.MapDataset):
   def __getitem__(self, step: int | slice) -> Any:
     if isinstance(step, slice):
       return self.slice(step)
+    return self.read(self.shard.rows(_within(step, self.steps)))
+
+  def read(self, positions: range) -> Batch:
+    """The batch of these positions of the stream."""
     batch = self.blank()
-    for j, position in enumerate(self.shard.rows(_within(step, self.steps))):
+    for j, position in enumerate(positions):
       if position < self.length:
         self._place(batch, j, self.order(position), position)
     return batch

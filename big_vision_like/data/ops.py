@@ -7,8 +7,9 @@ them) and masks along with the image; objects that leave the picture are
 dropped. Labels and captions of the whole image stay as they are.
 
 We decode with OpenCV and resize with Pillow, the fastest pair that agrees
-with `jax.image.resize`; nothing here rotates an image by its EXIF tag, so
-that boxes and masks stay aligned.
+with `jax.image.resize`; bicubic is Pillow's alone. Nothing here rotates an
+image by its EXIF tag, so that boxes and masks stay aligned. What changes
+colours, and RandAugment, is in `augment.py`.
 """
 
 import ast
@@ -19,7 +20,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import cv2
 import numpy as np
@@ -27,6 +28,13 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from big_vision_like.api import Example
+from big_vision_like.data import augment
+from big_vision_like.data.augment import (
+  RESAMPLING,
+  Interpolation,
+  Magnitude,
+  Rgb,
+)
 
 # OpenCV's own threads would fight those of the loader's workers.
 cv2.setNumThreads(0)
@@ -39,6 +47,8 @@ MASKS = ("instance_mask", "semantic_mask")
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 Range = tuple[float, float]
+Size = int | tuple[int, int]
+Share = Annotated[float, "above 0, at most 1"]
 Box = tuple[int, int, int, int]
 
 
@@ -82,13 +92,18 @@ def decode(image: bytes | np.ndarray) -> Pixels:
 
 
 def resize(
-  image: Pixels, h: int, w: int, *, box: Box | None = None
+  image: Pixels,
+  h: int,
+  w: int,
+  *,
+  box: Box | None = None,
+  interpolation: Interpolation = "bilinear",
 ) -> UInt8[np.ndarray, "{h} {w} 3"]:
-  """Antialiased bilinear resize to h x w, of a crop if a box is given.
+  """Antialiased resize to h x w, of a crop if a box is given.
 
-  Within 1.5 grey levels of `jax.image.resize(..., "bilinear")`. The box is
-  (x0, y0, x1, y1) in whole pixels. The result may be a view of `image`, or
-  read-only.
+  Bilinear is within 1.5 grey levels of `jax.image.resize(..., "bilinear")`,
+  bicubic is Pillow's. The box is (x0, y0, x1, y1) in whole pixels. The result
+  may be a view of `image`, or read-only.
   """
   if box is not None:
     x0, y0, x1, y1 = box
@@ -96,11 +111,11 @@ def resize(
   height, width = image.shape[:2]
   if (height, width) == (h, w):
     return image
-  if h >= height and w >= width:
+  if interpolation == "bilinear" and h >= height and w >= width:
     image = np.ascontiguousarray(image)
     return cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR)
-  bilinear = Image.Resampling.BILINEAR
-  return np.asarray(Image.fromarray(image).resize((w, h), bilinear))
+  resample = RESAMPLING[interpolation]
+  return np.asarray(Image.fromarray(image).resize((w, h), resample))
 
 
 def _open(image: bytes | str | os.PathLike[str]) -> Image.Image:
@@ -161,11 +176,19 @@ def _decode_pillow(image: Image.Image) -> Pixels:
   return np.asarray(image.convert("RGB"))
 
 
-def _crop_resize(example: Example, box: Box, h: int, w: int) -> Example:
+def _crop_resize(
+  example: Example,
+  box: Box,
+  h: int,
+  w: int,
+  interpolation: Interpolation = "bilinear",
+) -> Example:
   """The part of the example inside the box, resized to h x w."""
   x0, y0, x1, y1 = box
   out = dict(example)
-  out["image"] = resize(example["image"], h, w, box=box)
+  out["image"] = resize(
+    example["image"], h, w, box=box, interpolation=interpolation
+  )
   for key in MASKS:
     if key in example:
       # OpenCV's plain "nearest" takes the corner of a pixel, not its centre.
@@ -196,12 +219,7 @@ def _put_objects(example: Example, boxes: np.ndarray) -> None:
 
 
 def _hw(example: Example) -> tuple[int, int]:
-  image = example["image"]
-  if not isinstance(image, np.ndarray):
-    raise ValueError(
-      "An op that moves pixels got an undecoded image: put `decode` first."
-    )
-  return image.shape[:2]
+  return augment.pixels(example).shape[:2]
 
 
 def _decode(example: Example, rng: np.random.Generator) -> Example:
@@ -218,14 +236,39 @@ def _resize(
 
 
 def _resize_small(
-  example: Example, rng: np.random.Generator, n: int
+  example: Example,
+  rng: np.random.Generator,
+  n: int,
+  interpolation: Interpolation = "bilinear",
 ) -> Example:
   """Resizes the shorter side to n and keeps the aspect ratio."""
   del rng
   h, w = _hw(example)
   h_new, w_new = round(h * n / min(h, w)), round(w * n / min(h, w))
   _check_size(h_new, w_new)
-  return _crop_resize(example, (0, 0, w, h), h_new, w_new)
+  return _crop_resize(example, (0, 0, w, h), h_new, w_new, interpolation)
+
+
+def _resize_center_crop(
+  example: Example,
+  rng: np.random.Generator,
+  size: int,
+  crop_pct: Share = 0.875,
+  interpolation: Interpolation = "bicubic",
+) -> Example:
+  """timm's evaluation: `crop_pct` of the shorter side is what is seen.
+
+  The shorter side becomes floor(size / crop_pct), the longer one is rounded
+  down, and half a pixel of the crop's offset is rounded to even.
+  """
+  del rng
+  h, w = _hw(example)
+  small = math.floor(size / crop_pct)
+  h_new, w_new = small * h // min(h, w), small * w // min(h, w)
+  _check_size(h_new, w_new)
+  whole = _crop_resize(example, (0, 0, w, h), h_new, w_new, interpolation)
+  y, x = round((h_new - size) / 2), round((w_new - size) / 2)
+  return _crop_resize(whole, (x, y, x + size, y + size), size, size)
 
 
 def _center_crop(
@@ -259,13 +302,18 @@ def _crop(
 def _random_resized_crop(
   example: Example,
   rng: np.random.Generator,
-  size: int,
+  size: Size,
   scale: Range = (0.08, 1.0),
   ratio: Range = (3 / 4, 4 / 3),
+  interpolation: Interpolation = "bilinear",
 ) -> Example:
-  """The crop of Inception: `scale` of the area, width / height in `ratio`."""
-  h, w = _hw(example)
-  return _crop_resize(example, _random_box(rng, h, w, scale, ratio), size, size)
+  """The crop of Inception: `scale` of the area, width / height in `ratio`.
+
+  `size` is a side, or (height, width).
+  """
+  box = _random_box(rng, *_hw(example), scale, ratio)
+  h, w = (size, size) if isinstance(size, int) else size
+  return _crop_resize(example, box, h, w, interpolation)
 
 
 def _random_box(
@@ -322,21 +370,31 @@ OPS: dict[str, Callable[..., Example]] = {
   "decode": _decode,
   "resize": _resize,
   "resize_small": _resize_small,
+  "resize_center_crop": _resize_center_crop,
   "center_crop": _center_crop,
   "random_crop": _random_crop,
   "random_resized_crop": _random_resized_crop,
   "flip_lr": _flip_lr,
   "keep": _keep,
+  **augment.OPS,
 }
 
 
-def _is_range(value: Any) -> bool:
+def _is_tuple(value: Any, length: int, *types: type) -> bool:
   return (
     isinstance(value, tuple)
-    and len(value) == 2
-    and all(type(v) in (int, float) for v in value)
-    and 0 < value[0] <= value[1]
+    and len(value) == length
+    and all(type(v) in types for v in value)
   )
+
+
+def _is_range(value: Any) -> bool:
+  return _is_tuple(value, 2, int, float) and 0 < value[0] <= value[1]
+
+
+def _is_size(value: Any) -> bool:
+  sides = value if _is_tuple(value, 2, int) else (value,)
+  return all(type(v) is int and v > 0 for v in sides)
 
 
 # What an argument may be, by the annotation of its parameter.
@@ -350,7 +408,25 @@ _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     lambda v: type(v) in (int, float) and 0 <= v <= 1,
     "a number from 0 to 1",
   ),
+  bool: (lambda v: type(v) is bool, "True or False"),
+  Share: (
+    lambda v: type(v) in (int, float) and 0 < v <= 1,
+    "a number above 0 and at most 1",
+  ),
+  Magnitude: (
+    lambda v: type(v) in (int, float) and 0 <= v <= 10,
+    "a number from 0 to 10",
+  ),
   Range: (_is_range, "two numbers (low, high) with 0 < low <= high"),
+  Size: (_is_size, "a positive whole number, or two of them (height, width)"),
+  Rgb: (
+    lambda v: _is_tuple(v, 3, int, float) and min(v) >= 0,
+    "three numbers (red, green, blue)",
+  ),
+  Interpolation: (
+    lambda v: v in get_args(Interpolation),
+    f"one of {', '.join(get_args(Interpolation))}",
+  ),
   str: (lambda v: isinstance(v, str), "a string"),
 }
 

@@ -15,7 +15,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -24,10 +24,11 @@ import numpy as np
 from absl import flags
 
 from big_vision_like.api import HOST_KEYS, Batch
-from big_vision_like.data import batches, planning
+from big_vision_like.data import batches, multi_scale, planning
 from big_vision_like.data import ops as ops_lib
 from big_vision_like.data.batches import PackedBatches, StackedBatches
 from big_vision_like.data.budgets import Drop, Sizes
+from big_vision_like.data.multi_scale import MultiScaleBatches
 from big_vision_like.data.packing import PackSpec
 from big_vision_like.data.streams import PackedStream
 
@@ -42,13 +43,15 @@ def train_data(
   pack: PackSpec | None = None,
   sizes: Sizes | None = None,
   drop: Drop | None = None,
+  scales: Sequence[multi_scale.Scale] | None = None,
+  repeats: int = 1,
   batch_size: int,
   total_steps: int,
   seed: int,
   num_classes: int | None,
   process_index: int = 0,
   process_count: int = 1,
-) -> PackedBatches | StackedBatches:
+) -> PackedBatches | StackedBatches | MultiScaleBatches:
   """The batches of training: shuffled anew each epoch, without end.
 
   Args:
@@ -57,7 +60,10 @@ def train_data(
     pack: the shape of packed rows; None stacks the images.
     sizes: the law of resolutions of packed images; native if None.
     drop: the law of token dropping of packed images.
-    batch_size: B, rows or images in the global batch.
+    scales: for stacked images, (height, width, B) of which one is drawn for
+      each step; `ops` then say {h} and {w}.
+    repeats: how often an image of the stack comes in a row, see `Shuffle`.
+    batch_size: B, rows or images in the global batch; `scales` have their own.
     total_steps: how many batches there are. Only a drop schedule depends on
       it: with any other law, a longer run begins with the same batches.
     seed: of everything that is drawn.
@@ -67,29 +73,48 @@ def train_data(
 
   Raises:
     ValueError: if the batch cannot be split among the hosts, the rows have
-      too few slots for the laws, or laws are given for images that are not
-      packed.
+      too few slots for the laws, or settings are given for images that are
+      packed and are not, or the other way round.
   """
   _check_source(source, seed)
-  reader, image_shape = _reader(
-    source, ops=ops, seed=seed, num_classes=num_classes
-  )
-  shard = batches.Shard(batch_size, process_index, process_count)
-  order = batches.Shuffle(len(source), seed)
+  order = batches.Shuffle(len(source), seed, repeats)
+
+  def stacked(*, ops: str, batch_size: int, length: int) -> StackedBatches:
+    reader, image_shape = _reader(
+      source, ops=ops, seed=seed, num_classes=num_classes
+    )
+    return StackedBatches(
+      source,
+      order=order,
+      length=length,
+      image_shape=image_shape,
+      reader=reader,
+      shard=batches.Shard(batch_size, process_index, process_count),
+      steps=total_steps,
+    )
+
   if pack is None:
     if sizes or drop:
       raise ValueError(
         "data.sizes and data.drop are laws of packed rows: they need data.pack."
       )
-    return StackedBatches(
-      source,
-      order=order,
-      length=total_steps * batch_size,
-      image_shape=image_shape,
-      reader=reader,
-      shard=shard,
-      steps=total_steps,
+    if scales is not None:
+      return multi_scale.make(
+        multi_scale.check(scales),
+        part=stacked,
+        ops=ops,
+        seed=seed,
+        steps=total_steps,
+      )
+    length = total_steps * batch_size
+    return stacked(ops=ops, batch_size=batch_size, length=length)
+  if scales is not None or repeats != 1:
+    raise ValueError(
+      "data.scales and data.repeats are for stacked images: they need "
+      "data.pack = None. Packed rows have data.sizes."
     )
+  reader, _ = _reader(source, ops=ops, seed=seed, num_classes=num_classes)
+  shard = batches.Shard(batch_size, process_index, process_count)
   plan = planning.PlannedRows(
     pack,
     sizes=sizes or Sizes(kind="native"),
@@ -251,7 +276,7 @@ class BatchIterator:
 
 
 def open_iterator(
-  dataset: PackedBatches | StackedBatches | PackedStream,
+  dataset: PackedBatches | StackedBatches | MultiScaleBatches | PackedStream,
   *,
   start: State = 0,
   workers: int = 0,
@@ -338,10 +363,22 @@ def _watch(parent: int) -> None:
   os._exit(1)
 
 
+def specs(
+  dataset: PackedBatches | StackedBatches | MultiScaleBatches | PackedStream,
+) -> list[dict[str, jax.ShapeDtypeStruct]]:
+  """`spec` of every shape that the dataset's batches have."""
+  if isinstance(dataset, MultiScaleBatches):
+    return [spec(part) for part in dataset.parts]
+  return [spec(dataset)]
+
+
 def spec(
-  dataset: PackedBatches | StackedBatches | PackedStream,
+  dataset: PackedBatches | StackedBatches | MultiScaleBatches | PackedStream,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of the dataset's global batches, on the devices."""
+  """Shapes and dtypes of the dataset's global batches, on the devices.
+
+  Of batches with several shapes, those of the largest.
+  """
   count = dataset.shard.count
   return {
     key: jax.ShapeDtypeStruct((len(x) * count, *x.shape[1:]), x.dtype)

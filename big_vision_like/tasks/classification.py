@@ -25,6 +25,8 @@ class Task:
     labels: the batch key that holds the truth, "label" or "multi_label".
     label_smoothing: share of the target spread over all classes.
     mean, std: of the pixels in 0..1, a number for all channels or one each.
+    mixup, cutmix: alpha of the law Beta(alpha, alpha) of the mixing share of
+      a training batch; 0 is off, and of two one is chosen for each batch.
   """
 
   num_classes: int
@@ -33,6 +35,8 @@ class Task:
   label_smoothing: float = 0.0
   mean: float | tuple[float, float, float] = 0.5
   std: float | tuple[float, float, float] = 0.5
+  mixup: float = 0.0
+  cutmix: float = 0.0
 
   separable: ClassVar[bool] = True
 
@@ -51,12 +55,27 @@ class Task:
         "config.task: softmax takes one label an image. Use "
         "loss_name = 'sigmoid' for multi_label targets, or labels = 'label'."
       )
+    if min(self.mixup, self.cutmix) < 0:
+      raise ValueError(
+        f"config.task: mixup = {self.mixup} and cutmix = {self.cutmix} are the "
+        "alphas of Beta laws: positive numbers, or 0 for none."
+      )
 
   def prepare(
     self, batch: api.Batch, rng: api.Array | None
   ) -> tuple[api.Inputs, api.Targets]:
-    """Pixels uint8 -> float32 normalised; labels -> soft targets."""
-    del rng
+    """Pixels uint8 -> float32 normalised; labels -> soft targets.
+
+    Raises:
+      ValueError: if packed rows are to be mixed.
+    """
+    mixes = self.mixup > 0 or self.cutmix > 0
+    if mixes and "patches" in batch:
+      raise ValueError(
+        f"config.task: mixup = {self.mixup} and cutmix = {self.cutmix} mix "
+        "images of one size, and packed rows hold images of many. Set both to "
+        "0, or data.pack to None."
+      )
     if "patches" in batch:
       inputs = {k: batch[k] for k in PACKED_INPUTS}
       inputs["patches"] = self._normalise(batch["patches"])
@@ -64,7 +83,35 @@ class Task:
     else:
       inputs = {"image": self._normalise(batch["image"])}
       mask = batch["_mask"]
-    return inputs, self._targets(batch, mask)
+    targets = self._targets(batch, mask)
+    if mixes and rng is not None:
+      self._mix(inputs, targets, rng)
+    return inputs, targets
+
+  def _mix(self, inputs, targets, rng):
+    """Mixes image i with image B - 1 - i where both are there (in place).
+
+    As in the batch mode of timm's Mixup, the batch shares one choice of the
+    two, one share and one box. With micro-batches, each is a batch.
+    """
+    image, mask = inputs["image"], targets["mask"]
+    weight, share = self._draw(rng, *image.shape[1:3])
+    both = mask & mask[::-1]
+    inputs["image"] = _blend(
+      image, jnp.where(both[:, None, None, None], weight[..., None], 1.0)
+    )
+    targets["y"] = _blend(targets["y"], jnp.where(both[:, None], share, 1.0))
+
+  def _draw(self, rng, h, w):
+    """The weight of each own pixel [H,W], and that of the own label []."""
+    choice_rng, share_rng, box_rng = jax.random.split(rng, 3)
+    chance = 0.5 if self.mixup and self.cutmix else float(self.cutmix > 0)
+    cut = jax.random.bernoulli(choice_rng, chance)
+    alpha = jnp.where(cut, self.cutmix, self.mixup)
+    share = jax.random.beta(share_rng, alpha, alpha)
+    y, x = jax.random.randint(box_rng, (2,), 0, jnp.array([h, w]))
+    own = 1.0 - cutmix_box(share, y, x, h=h, w=w).astype(jnp.float32)
+    return jnp.where(cut, own, share), jnp.where(cut, own.mean(), share)
 
   def _normalise(self, pixels):
     """(pixels / 255 - mean) / std, as one multiply-add on channel-last data."""
@@ -113,13 +160,40 @@ class Task:
   def predict(
     self, outputs: api.Outputs, targets: api.Targets
   ) -> dict[str, api.Array]:
-    """`logits`, `features` and the truth, [B, ...] or packed [B,M, ...]."""
+    """`logits`, `features` and the truth, [B, ...] or packed [B,M, ...].
+
+    A model without a head has logits of no class.
+    """
     truth = {k: v for k, v in targets.items() if k != "y"}
+    features = outputs["pooled"].astype(jnp.float32)
+    logits = outputs.get("logits", features[..., :0])
     return {
-      "logits": outputs["logits"].astype(jnp.float32),
-      "features": outputs["pooled"].astype(jnp.float32),
+      "logits": logits.astype(jnp.float32),
+      "features": features,
       **truth,
     }
+
+
+def cutmix_box(
+  share: api.Array, y: api.Array, x: api.Array, *, h: int, w: int
+) -> api.Array:
+  """bool [h,w]: the box around (y, x) whose area is 1 - share of the image.
+
+  The image's border cuts it off.
+  """
+  ratio = jnp.sqrt(1.0 - share)
+
+  def span(center, side):
+    length = jnp.int32(side * ratio)
+    at = jnp.arange(side)
+    return (at >= center - length // 2) & (at < center + (length + 1) // 2)
+
+  return span(y, h)[:, None] & span(x, w)
+
+
+def _blend(x, weight):
+  """Of each row and of its partner from the other end of the batch."""
+  return x * weight + x[::-1] * (1.0 - weight)
 
 
 PACKED_INPUTS = (

@@ -1,0 +1,265 @@
+"""Augmentations that ops strings can name: colour, shear, noise.
+
+The arithmetic is that of timm 1.0.31 and torchvision, on whose recipes the
+papers train: the same Pillow operations on the same drawn parameters give the
+same bytes. Operations here take an example with a decoded image.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from big_vision_like.api import Example
+
+Interpolation = Literal["bilinear", "bicubic"]
+Magnitude = Annotated[float, "0 to 10"]
+Rgb = tuple[float, float, float]
+
+RESAMPLING = {
+  "bilinear": Image.Resampling.BILINEAR,
+  "bicubic": Image.Resampling.BICUBIC,
+}
+# Magnitudes run from 0 to here.
+_TOP = 10.0
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def pixels(example: Example) -> np.ndarray:
+  """The decoded image of an example.
+
+  Raises:
+    ValueError: if it is not decoded yet.
+  """
+  image = example["image"]
+  if not isinstance(image, np.ndarray):
+    raise ValueError(
+      "An op that moves pixels got an undecoded image: put `decode` first."
+    )
+  return image
+
+
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+  """What stands where the image has been moved away, and how it is moved."""
+
+  fill: tuple[int, int, int]
+  resample: Image.Resampling
+
+  def affine(
+    self, image: Image.Image, matrix: tuple[float, ...]
+  ) -> Image.Image:
+    return image.transform(
+      image.size,
+      Image.Transform.AFFINE,
+      matrix,
+      resample=self.resample,
+      fillcolor=self.fill,
+    )
+
+  def rotate(self, image: Image.Image, degrees: float) -> Image.Image:
+    return image.rotate(degrees, resample=self.resample, fillcolor=self.fill)
+
+
+def _posterize(image: Image.Image, bits: int) -> Image.Image:
+  """Keeps the upper bits; none make it black, which Pillow now refuses."""
+  mask = 0xFF & ~(0xFF >> bits)
+  return image.point([i & mask for i in range(256)] * 3)
+
+
+def _solarize_add(image: Image.Image, add: int) -> Image.Image:
+  """Adds to what is darker than 128."""
+  table = [min(255, i + add) if i < 128 else i for i in range(256)]
+  return image.point(table * 3)
+
+
+# An operation of RandAugment: (image, argument, canvas) -> image.
+_APPLY: dict[str, Callable[[Image.Image, float, Canvas], Image.Image]] = {
+  "auto_contrast": lambda image, _, c: ImageOps.autocontrast(image),
+  "equalize": lambda image, _, c: ImageOps.equalize(image),
+  "invert": lambda image, _, c: ImageOps.invert(image),
+  "rotate": lambda image, v, c: c.rotate(image, v),
+  "posterize": lambda image, v, c: _posterize(image, v),
+  "solarize": lambda image, v, c: ImageOps.solarize(image, v),
+  "solarize_add": lambda image, v, c: _solarize_add(image, v),
+  "color": lambda image, v, c: ImageEnhance.Color(image).enhance(v),
+  "contrast": lambda image, v, c: ImageEnhance.Contrast(image).enhance(v),
+  "brightness": lambda image, v, c: ImageEnhance.Brightness(image).enhance(v),
+  "sharpness": lambda image, v, c: ImageEnhance.Sharpness(image).enhance(v),
+  "shear_x": lambda image, v, c: c.affine(image, (1, v, 0, 0, 1, 0)),
+  "shear_y": lambda image, v, c: c.affine(image, (1, 0, 0, v, 1, 0)),
+  "translate_x": lambda image, v, c: c.affine(
+    image, (1, 0, v * image.width, 0, 1, 0)
+  ),
+  "translate_y": lambda image, v, c: c.affine(
+    image, (1, 0, 0, 0, 1, v * image.height)
+  ),
+}
+OPERATIONS = tuple(_APPLY)
+
+_ENHANCE = ("color", "contrast", "brightness", "sharpness")
+# The argument at the top magnitude; either direction is as likely.
+_SIGNED = {
+  "rotate": 30.0,
+  "shear_x": 0.3,
+  "shear_y": 0.3,
+  "translate_x": 0.45,
+  "translate_y": 0.45,
+}
+
+
+def argument(
+  name: str, magnitude: float, rng: np.random.Generator, *, increasing: bool
+) -> float:
+  """What a magnitude from 0 to 10 means to an operation of RandAugment.
+
+  With `increasing`, a larger magnitude changes the image more, in all
+  operations; without it, posterize, solarize and the enhancements follow the
+  first published code, in which it may change it less.
+  """
+
+  def sign() -> float:
+    return -1.0 if rng.random() > 0.5 else 1.0
+
+  level = magnitude / _TOP
+  if name in _SIGNED:
+    return level * _SIGNED[name] * sign()
+  if name in _ENHANCE:
+    if not increasing:
+      return level * 1.8 + 0.1
+    return max(0.1, 1.0 + level * 0.9 * sign())
+  if name == "posterize":
+    bits = int(level * 4)
+    return 4 - bits if increasing else bits
+  if name == "solarize":
+    threshold = min(256, int(level * 256))
+    return 256 - threshold if increasing else threshold
+  if name == "solarize_add":
+    return min(128, int(level * 110))
+  return 0.0
+
+
+def rand_augment(
+  example: Example,
+  rng: np.random.Generator,
+  num_ops: int = 2,
+  magnitude: Magnitude = 9,
+  mstd: Magnitude = 0.5,
+  p: float = 0.5,
+  increasing: bool = True,
+  fill: Rgb = (124, 116, 104),
+  interpolation: Interpolation = "bicubic",
+) -> Example:
+  """timm's "rand-m9-mstd0.5-inc1": operations drawn with replacement.
+
+  Each of the `num_ops` happens with probability `p`, with a magnitude from
+  N(magnitude, mstd²), cut to 0..10. `fill` is where the image was moved away;
+  timm takes the mean of the normalisation. Colour jitter beside it is off in
+  timm, whatever its setting says.
+
+  Raises:
+    ValueError: for an example with boxes or masks, which would stay behind.
+  """
+  image = pixels(example)
+  left = {"objects", "instance_mask", "semantic_mask"} & example.keys()
+  if left:
+    raise ValueError(
+      "rand_augment moves pixels and would leave behind "
+      f"{sorted(left)}; it is for whole images."
+    )
+  canvas = Canvas(tuple(map(int, fill)), RESAMPLING[interpolation])
+  picture = Image.fromarray(image)
+  for index in rng.integers(len(OPERATIONS), size=num_ops):
+    name = OPERATIONS[index]
+    if rng.random() > p:
+      continue
+    drawn = rng.normal(magnitude, mstd) if mstd else magnitude
+    level = min(max(drawn, 0.0), _TOP)
+    value = argument(name, level, rng, increasing=increasing)
+    picture = _APPLY[name](picture, value, canvas)
+  return {**example, "image": np.asarray(picture)}
+
+
+def color_jitter(
+  example: Example,
+  rng: np.random.Generator,
+  brightness: float = 0.4,
+  contrast: float = 0.4,
+  saturation: float = 0.4,
+) -> Example:
+  """torchvision's ColorJitter: factors from 1 - x to 1 + x, in random order.
+
+  A scalar colour jitter of timm is this, with no change of hue.
+  """
+  changes = (
+    (ImageEnhance.Brightness, brightness),
+    (ImageEnhance.Contrast, contrast),
+    (ImageEnhance.Color, saturation),
+  )
+  picture = Image.fromarray(pixels(example))
+  for i in rng.permutation(len(changes)):
+    enhance, width = changes[i]
+    factor = rng.uniform(1.0 - width, 1.0 + width)
+    picture = enhance(picture).enhance(factor)
+  return {**example, "image": np.asarray(picture)}
+
+
+def random_erasing(
+  example: Example,
+  rng: np.random.Generator,
+  p: float = 0.25,
+  area: tuple[float, float] = (0.02, 1 / 3),
+  aspect: tuple[float, float] = (0.3, 1 / 0.3),
+  mean: Rgb = IMAGENET_MEAN,
+  std: Rgb = IMAGENET_STD,
+) -> Example:
+  """Noise in a random rectangle, with probability p (timm's mode "pixel").
+
+  timm writes N(0, 1) after the normalisation. Pixels are bytes here, so the
+  noise is N(mean, std²) of the normalisation, cut to what a byte holds: it
+  lies within 0.01 of timm's where that is an image's value, and of ImageNet's
+  channels 3 % to 4 % of the numbers are cut.
+  """
+  image = pixels(example)
+  if rng.random() > p:
+    return example
+  box = erased_box(rng, *image.shape[:2], area=area, aspect=aspect)
+  if box is None:
+    return example
+  y, x, h, w = box
+  noise = rng.normal(mean, std, size=(h, w, 3))
+  image = image.copy()
+  image[y : y + h, x : x + w] = np.clip(np.rint(noise * 255), 0, 255)
+  return {**example, "image": image}
+
+
+def erased_box(
+  rng: np.random.Generator,
+  height: int,
+  width: int,
+  *,
+  area: tuple[float, float],
+  aspect: tuple[float, float],
+) -> tuple[int, int, int, int] | None:
+  """(y, x, h, w) smaller than the image, or None after ten attempts."""
+  for _ in range(10):
+    target = rng.uniform(*area) * height * width
+    ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+    h = round(math.sqrt(target * ratio))
+    w = round(math.sqrt(target / ratio))
+    if h < height and w < width:
+      y = int(rng.integers(height - h + 1))
+      x = int(rng.integers(width - w + 1))
+      return y, x, h, w
+  return None
+
+
+OPS: dict[str, Callable[..., Example]] = {
+  "rand_augment": rand_augment,
+  "color_jitter": color_jitter,
+  "random_erasing": random_erasing,
+}
