@@ -9,6 +9,11 @@ Deviations: none known from what the paper says. Where it is silent:
     output projection included; MLP, patch projection and head have theirs.
   - Position tables have 64 entries a side, see `max_grid`.
   - The last patch of n has the fractional coordinate (n-1)/n.
+NaFlex models are the same layers in other settings, with padded images in
+their own code and packed ones here: the vision towers of SigLIP 2 (Tschannen
+et al., arXiv 2502.14786; transformers 5.23, timm 1.0.31) and timm's NaFlexViT.
+weights/navit.py has the settings. Their parameters: B/16 92,930,304, So400m/16
+427,888,064.
 """
 
 from collections.abc import Mapping
@@ -21,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from big_vision_like.models.layers import variants
 from big_vision_like.models.layers.blocks import BlockConfig, tokens_dot_general
 from big_vision_like.models.layers.encoder import Encoder
-from big_vision_like.models.layers.pooling import AttentionPool
+from big_vision_like.models.layers.pooling import AttentionPool, mean_pool
 from big_vision_like.models.layers.position import PositionEmbedding
 
 VARIANTS = {
@@ -30,7 +35,9 @@ VARIANTS = {
   "S": dict(width=384, depth=12, mlp=1536, heads=6),
   "B": dict(width=768, depth=12, mlp=3072, heads=12),
   "L": dict(width=1024, depth=24, mlp=4096, heads=16),
+  "So400m": dict(width=1152, depth=27, mlp=4304, heads=16),
 }
+POOLS = ("map", "gap", "tok")
 
 
 class NaViT(nn.Module):
@@ -40,12 +47,19 @@ class NaViT(nn.Module):
     variant: a row of VARIANTS with a patch size, such as "B/16".
     num_classes: outputs of the head; None or 0: no head, no logits.
     sizes: replaces entries of the variant's row, as in dict(depth=6).
-    position, fractional, max_grid: see layers/position.py. No size of image
-      is refused: one with more than `max_grid` patches a side reads the tables
-      between their entries.
+    position, fractional, keep_aspect, max_grid: see layers/position.py. No
+      size of image is refused: one with more than `max_grid` patches a side
+      reads the tables between their entries.
     patch_norm: LayerNorms before and after the patch projection (Kumar et al.,
       arXiv 2302.01327).
-    pool_mlp: the MLP of the pooling; False: attention alone.
+    bias: biases in attention and LayerNorms, as in ViT.
+    registers: learned tokens that each image has besides its patches (Darcet
+      et al., arXiv 2309.16588), without positions and not pooled. A row grows
+      by this number for each of its image slots.
+    pool: what the head reads: "map" attention pooling, "gap" the mean over an
+      image's patches after the last LayerNorm, "tok" a class token, which is
+      one more token like the registers.
+    pool_mlp: the MLP of the attention pooling; False: attention alone.
     head_zero_init: start the head's kernel at 0, as for fine-tuning.
     head_bias: where the head's bias starts, such as -10 for sigmoid losses.
     qk_norm, gelu, ln_eps, dropout, dtype, attention: see layers/blocks.py.
@@ -57,8 +71,12 @@ class NaViT(nn.Module):
   sizes: Mapping[str, int] | None = None
   position: str = "factorised_add"
   fractional: bool = False
+  keep_aspect: bool = False
   max_grid: int = 64
   patch_norm: bool = False
+  bias: bool = False
+  registers: int = 0
+  pool: str = "map"
   pool_mlp: bool = True
   head_zero_init: bool = False
   head_bias: float = 0.0
@@ -94,6 +112,8 @@ class NaViT(nn.Module):
       logits float32 [B,M,C] and pooled [B,M,D], 0 in slots without an image;
       tokens [B,L,D] after the last LayerNorm.
     """
+    if self.pool not in POOLS:
+      raise ValueError(f"pool is {self.pool!r}; it is one of {POOLS}.")
     size = variants.sizes(self.variant, VARIANTS, self.sizes)
     slots = grid_hw.shape[1]
     config = self.block_config(size)
@@ -103,9 +123,11 @@ class NaViT(nn.Module):
       size["width"],
       self.max_grid,
       self.fractional,
+      self.keep_aspect,
       name="pos_embed",
     )(positions, grid_hw, segment_ids)
     x = x + embedding.astype(x.dtype)
+    x, ids, order = self.add_tokens(x, segment_ids, example_mask)
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
     x = Encoder(
       size["depth"],
@@ -114,10 +136,16 @@ class NaViT(nn.Module):
       self.remat,
       self.scan,
       name="encoder",
-    )(x, train=train, segment_ids=segment_ids, max_segments=slots)
-    pooled = AttentionPool(config, self.pool_mlp, name="pool")(
-      x, train=train, segment_ids=segment_ids, slots=slots
-    )
+    )(x, train=train, segment_ids=ids, max_segments=slots)
+    added, x = self.take_tokens(x, order, slots)
+    if self.pool == "map":
+      pooled = AttentionPool(config, self.pool_mlp, name="pool")(
+        x, train=train, segment_ids=segment_ids, slots=slots
+      )
+    elif self.pool == "gap":
+      pooled = mean_pool(x, segment_ids, slots)
+    else:
+      pooled = added[:, :, 0]
     pooled = jnp.where(example_mask[..., None], pooled, 0)
     outputs = {"pooled": pooled, "tokens": x}
     if self.num_classes:
@@ -130,8 +158,8 @@ class NaViT(nn.Module):
       heads=size["heads"],
       mlp=size["mlp"],
       qk_norm=self.qk_norm,
-      attention_bias=False,
-      norm_bias=False,
+      attention_bias=self.bias,
+      norm_bias=self.bias,
       ln_eps=self.ln_eps,
       gelu=self.gelu,
       dropout=self.dropout,
@@ -157,6 +185,45 @@ class NaViT(nn.Module):
       name="embed",
     )(patches)
     return config.layer_norm("embed_ln")(x) if self.patch_norm else x
+
+  def add_tokens(self, x, segment_ids, example_mask):
+    """Puts the class token and the registers of each image before its patches.
+
+    Returns:
+      tokens [B,L+MR,D]; their segment ids; what `take_tokens` needs. Without
+      such tokens: what is given, and None.
+    """
+    (batch, slots), width = example_mask.shape, x.shape[-1]
+    added = []
+    if self.pool == "tok":
+      added.append(self.param("cls", nn.initializers.zeros, (1, 1, width)))
+    if self.registers:
+      # Equal registers would stay equal.
+      init, shape = nn.initializers.normal(0.02), (1, self.registers, width)
+      added.append(self.param("registers", init, shape))
+    if not added:
+      return x, segment_ids, None
+    added = jnp.concatenate(added, 1)
+    number = added.shape[1]
+    added = jnp.tile(added.astype(x.dtype), (batch, slots, 1))
+    ids = jnp.where(example_mask, jnp.arange(1, slots + 1), 0)
+    ids = jnp.repeat(ids.astype(segment_ids.dtype), number, axis=1)
+    ids = jnp.concatenate([ids, segment_ids], 1)
+    # Kernels of attention are fast, or right, where equal ids are neighbours.
+    last = jnp.iinfo(ids.dtype).max
+    order = jnp.argsort(jnp.where(ids == 0, last, ids), axis=1, stable=True)
+    x = jnp.concatenate([added, x], 1)
+    x = jnp.take_along_axis(x, order[..., None], 1)
+    return x, jnp.take_along_axis(ids, order, 1), order
+
+  def take_tokens(self, x, order, slots):
+    """The added tokens [B,M,R,D] and the patches' [B,L,D], in their places."""
+    if order is None:
+      return None, x
+    number = self.registers + (self.pool == "tok")
+    x = jnp.take_along_axis(x, jnp.argsort(order, axis=1)[..., None], 1)
+    added, x = jnp.split(x, [slots * number], 1)
+    return added.reshape(x.shape[0], slots, number, -1), x
 
   def head(self, pooled):
     init = nn.initializers.lecun_normal()

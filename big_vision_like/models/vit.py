@@ -2,12 +2,16 @@
 
 Paper: Dosovitskiy et al., arXiv 2010.11929; the sizes Ti and S are from
 Steiner et al., arXiv 2106.10270, the pooling by attention and g, G from Zhai
-et al., arXiv 2106.04560.
+et al., arXiv 2106.04560. Hybrids read the map of a ResNet: R50+B and R50+L are
+from the first paper, R+Ti and R26+S from the second.
 Reference: google-research/vision_transformer @ c6de1e5, and
 google-research/big_vision @ 0127fb6 for pooling and sin-cos positions.
 Parameters, with 1,000 classes at 224 pixels: Ti/16 5,717,416, S/16 22,050,664,
-B/16 86,567,656, L/16 304,326,632, H/14 632,045,800.
+B/16 86,567,656, L/16 304,326,632, H/14 632,045,800; R+Ti/16 6,337,704,
+R26+S/32 36,431,912, R50+B/16 98,659,112, R50+L/32 328,994,856.
 Deviations:
+  - R+Ti/16 reads patches of 32 pixels, as all code for it does: the papers
+    count only one of the two halvings before its patches of 8.
   - The head starts random unless `head_zero_init`, so that every parameter has
     a gradient from the first step. Google's code starts all heads at 0.
   - `pool="tok"` with `position="sincos2d"` gives the class token no position.
@@ -25,6 +29,7 @@ from big_vision_like.models.layers import position, variants
 from big_vision_like.models.layers.blocks import BlockConfig
 from big_vision_like.models.layers.encoder import Encoder
 from big_vision_like.models.layers.pooling import AttentionPool
+from big_vision_like.models.resnet import StdResNet
 
 VARIANTS = {
   "local": dict(width=96, depth=4, mlp=384, heads=3, patch=8),
@@ -37,8 +42,43 @@ VARIANTS = {
   "g": dict(width=1408, depth=40, mlp=6144, heads=16),
   "G": dict(width=1664, depth=48, mlp=8192, heads=16),
 }
+# Hybrids: what may stand before "+", by the number behind the slash. The blocks
+# of the ResNet's stages, and the side of a patch on its map. R50 at 16 has the
+# blocks of its last stage in the one before.
+STEMS = {
+  "R": {16: dict(stages=(), patch=8)},
+  "R26": {32: dict(stages=(2, 2, 2, 2), patch=1)},
+  "R50": {
+    16: dict(stages=(3, 4, 9), patch=1),
+    32: dict(stages=(3, 4, 6, 3), patch=1),
+  },
+}
+IMAGE_SIZE = 224
+# Variants with published weights -> the side of their images.
+_PLAIN = ("Ti/16", "S/32", "S/16", "B/32", "B/16", "B/8", "L/16", "H/14")
+_HYBRID = ("R+Ti/16", "R26+S/32", "R50+B/16", "R50+L/32")
+PUBLISHED = dict.fromkeys((*_PLAIN, *_HYBRID), IMAGE_SIZE)
 POOLS = ("tok", "gap", "map")
 POSITIONS = ("learn", "sincos2d")
+
+
+def row(variant: str, changes: Mapping[str, int] | None = None):
+  """The row of a variant with its `patch`; of hybrids, also `stages`.
+
+  Raises:
+    ValueError: if there is no such variant, or `changes` has other keys.
+  """
+  stem, plus, name = variant.rpartition("+")
+  size = variants.sizes(name, VARIANTS, changes)
+  if not plus:
+    return size
+  if size["patch"] not in STEMS.get(stem, {}):
+    known = [f"{s}+B/{n}" for s, strides in STEMS.items() for n in strides]
+    raise ValueError(
+      f"Unknown variant {variant!r}. Hybrids are as in {', '.join(known)}, "
+      "with any size for the B."
+    )
+  return size | STEMS[stem][size["patch"]]
 
 
 class PatchEmbed(nn.Module):
@@ -59,8 +99,8 @@ class PatchEmbed(nn.Module):
     p, (height, width) = self.patch, image.shape[1:3]
     if height % p or width % p:
       raise ValueError(
-        f"An image of {height} x {width} pixels is no whole number of "
-        f"{p} x {p} patches; resize it, or choose another patch size."
+        f"An image (or a map) of {height} x {width} pixels is no whole number "
+        f"of {p} x {p} patches; resize it, or choose another patch size."
       )
     kernel = self.param(
       "kernel",
@@ -78,7 +118,8 @@ class ViT(nn.Module):
   """Vision Transformer.
 
   Attributes:
-    variant: a row of VARIANTS with a patch size, such as "B/16".
+    variant: a row of VARIANTS with a patch size, such as "B/16"; behind one of
+      STEMS for a hybrid, such as "R50+B/16".
     num_classes: outputs of the head; None or 0: no head, no logits.
     sizes: replaces entries of the variant's row, as in dict(depth=6).
     pool: what the head reads: "tok" a class token, "gap" the mean over tokens
@@ -131,7 +172,7 @@ class ViT(nn.Module):
       raise ValueError(
         f"position is {self.position!r}; it is one of {POSITIONS}."
       )
-    size = variants.sizes(self.variant, VARIANTS, self.sizes)
+    size = row(self.variant, self.sizes)
     config = BlockConfig(
       heads=size["heads"],
       mlp=size["mlp"],
@@ -141,9 +182,10 @@ class ViT(nn.Module):
       dtype=self.dtype,
       attention=self.attention,
     )
-    x = PatchEmbed(size["width"], size["patch"], self.dtype, name="embed")(
-      image
-    )
+    x = image
+    if "stages" in size:
+      x = StdResNet(size["stages"], self.dtype, name="resnet")(x)
+    x = PatchEmbed(size["width"], size["patch"], self.dtype, name="embed")(x)
     x = self.add_positions(x)
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
     x = Encoder(

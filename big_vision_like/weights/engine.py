@@ -27,6 +27,8 @@ from big_vision_like.api import SCANNED, PyTree
 from big_vision_like.models.layers.encoder import stack_blocks, unstack_blocks
 
 Tensors = dict[str, np.ndarray]
+# Where models have a number for each class.
+_HEADS = ("params/head/bias", "params/head/linear/bias")
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 
 
@@ -375,15 +377,36 @@ def to_ours(
   return variables, layout
 
 
-def _resizes(name, kind):
+def table(name: str, symbol: str) -> Mapping[str, Any]:
+  """A table of weights/<name>.py such as PREPROCESS; empty if it has none."""
+  layouts(name)  # Refuses an unknown name.
   module = importlib.import_module(f"{resolve.PACKAGE}.weights.{name}")
-  known = getattr(module, "RESIZE", {})
+  return getattr(module, symbol, {})
+
+
+def _resizes(name, kind):
+  known = table(name, "RESIZE")
   if kind not in known:
     raise ValueError(
-      f"config.init_resize: {kind!r} of {name} cannot be resized. What can: "
+      f"{kind!r} of {name} cannot be resized. What can: "
       f"{', '.join(known) or 'nothing'}."
     )
   return known[kind]
+
+
+def count_classes(
+  tensors: Tensors, name: str, model: nn.Module, layout: str
+) -> int | None:
+  """Outputs of the head that a file holds; None if it holds none.
+
+  `model` is any of the right variant that has a head.
+  """
+  for rule in layouts(name)[layout](model):
+    for path in _HEADS:
+      if path in rule.ours and set(rule.theirs) <= set(tensors):
+        arrays = rule.load(*(tensors[k] for k in rule.theirs))
+        return arrays[rule.ours.index(path)].shape[0]
+  return None
 
 
 def _flat_shapes(shapes):

@@ -20,6 +20,10 @@ ROWS, LENGTH, SLOTS, CLASSES = 8, 137, 4, 5
 # One row and one column of patches, and one grid above the tables' 16.
 GRIDS = [(1, 13), (7, 5), (3, 11), (19, 2), (6, 9), (1, 1)]
 PACKED = [[0, 1, 2, 5], [4, 3]]  # Images of the first rows; the rest is empty.
+SIGLIP2 = dict(
+  position="resized_bilinear", max_grid=16, bias=True, qk_norm=None
+)
+REGISTERS = dict(SIGLIP2, registers=2)  # They make rows longer.
 ALONE = [[i] for i in range(len(GRIDS))]
 
 
@@ -78,6 +82,12 @@ def random_params(**kw):
   return vit_in_numpy.random_params(shapes["params"])
 
 
+def pool_in_numpy(pool, added, patches, params):
+  if pool == "map":
+    return vit_in_numpy.attention_pool(patches, params["pool"])
+  return patches.mean(0) if pool == "gap" else added[0]
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def run(model, params, batch, weights):
   """Outputs, and the gradients of a weighted sum of all logits."""
@@ -102,14 +112,23 @@ def weights(rows):
   return jnp.asarray(out)
 
 
-@pytest.mark.parametrize("backend", ["xla", "blockwise", "splash"])
-def test_packed_equals_alone(backend):
+@pytest.mark.parametrize(
+  ("backend", "kw"),
+  [
+    ("xla", {}),
+    ("blockwise", {}),
+    ("splash", {}),
+    ("xla", dict(REGISTERS, pool="tok")),
+    ("blockwise", dict(REGISTERS, pool="gap")),
+  ],
+)
+def test_packed_equals_alone(backend, kw):
   """Forward and gradient. splash runs interpreted, as on a TPU otherwise.
 
   The second half: perturbing one image changes no bit of another's output,
   with all three backends, nor of its patches' gradient.
   """
-  model, params = tiny(attention=backend), random_params()
+  model, params = tiny(attention=backend, **kw), random_params(**kw)
   packed = run(model, params, pack(PACKED), weights(PACKED))
   alone = run(model, params, pack(ALONE), weights(ALONE))
   for key in ("logits", "pooled"):
@@ -118,14 +137,14 @@ def test_packed_equals_alone(backend):
       # Float32 sums over other blocks of keys.
       np.testing.assert_allclose(got[image], want[image], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(packed[0][key][len(PACKED) :], 0)
-  jax.tree.map(
+  got, want = trees.flatten(packed[1]), trees.flatten(alone[1])
+  for name in want:
+    # The bias of the keys has none: it shifts all scores of a query alike.
+    scale = np.abs(want[name.replace("key/bias", "query/bias")]).max()
     # Float32 sums over tokens, in another order.
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=0, atol=1e-4 * np.abs(b).max()
-    ),
-    packed[1],
-    alone[1],
-  )
+    np.testing.assert_allclose(
+      got[name], want[name], rtol=0, atol=1e-4 * scale, err_msg=name
+    )
 
   batch = pack(PACKED)
   perturbed = np.asarray(batch["segment_ids"]) == 2
@@ -144,10 +163,19 @@ def test_packed_equals_alone(backend):
     assert (got[perturbed] != want[perturbed]).mean() > 0.99
 
 
-def test_forward_is_the_equations():
+@pytest.mark.parametrize(
+  ("pool", "kw"),
+  [
+    ("map", {}),
+    ("map", dict(bias=True, registers=3)),
+    ("gap", dict(registers=1)),
+    ("tok", dict(qk_norm=None, registers=2)),
+  ],
+)
+def test_forward_is_the_equations(pool, kw):
   """One image at a time through the paper's model in NumPy."""
-  model = tiny(position="sinusoidal")
-  params = random_params(position="sinusoidal")
+  kw = dict(kw, pool=pool, position="sinusoidal")
+  model, params = tiny(**kw), random_params(**kw)
   forward = jax.jit(lambda p, b: model.apply({"params": p}, **b, train=False))
   out = forward(params, pack(PACKED))
   logits, pooled = (by_image(PACKED, out[k]) for k in ("logits", "pooled"))
@@ -156,8 +184,11 @@ def test_forward_is_the_equations():
     values, cells = patches_of(image)
     x = vit_in_numpy.dense(values.astype(np.float64), params["embed"])
     x = x + np.asarray(position.sincos2d(jnp.asarray(cells, jnp.float32), 24))
+    added = [params[k][0] for k in ("cls", "registers") if k in params]
+    x = np.concatenate([*added, x])
     x = vit_in_numpy.encoder(x, params["encoder"])
-    y = vit_in_numpy.attention_pool(x, params["pool"])
+    added, x = np.split(x, [sum(map(len, added))])
+    y = pool_in_numpy(pool, added, x, params)
     np.testing.assert_allclose(pooled[image], y, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
       logits[image],
@@ -188,12 +219,21 @@ def test_eight_devices_agree_with_one():
 
 
 @pytest.mark.parametrize(
-  ("variant", "total"),
-  [("B/32", 94_543_232), ("B/16", 92_773_760), ("L/16", 315_674_752)],
+  ("variant", "total", "kw"),
+  [
+    ("B/32", 94_543_232, {}),
+    ("B/16", 92_773_760, {}),
+    ("L/16", 315_674_752, {}),
+    ("B/16", 92_930_304, SIGLIP2),
+    ("So400m/16", 427_888_064, SIGLIP2),
+  ],
 )
-def test_parameter_counts(variant, total):
-  """Derived for these layers, apart from this code, in the paper's sizes."""
-  model = navit.Model(variant=variant)
+def test_parameter_counts(variant, total, kw):
+  """Derived for these layers, apart from this code, in the paper's sizes.
+
+  Those of SigLIP 2 are timm's count of its models.
+  """
+  model = navit.Model(variant=variant, **kw)
   values = 3 * int(variant.split("/")[1]) ** 2
   batch = dict(pack([]), patches=jnp.zeros((ROWS, LENGTH, values)))
   shapes = jax.eval_shape(
@@ -207,4 +247,11 @@ def test_patches_of_another_size_are_refused():
   with pytest.raises(ValueError, match="Patches of 12 values do not fit"):
     jax.eval_shape(
       lambda: model.init(jax.random.key(0), **pack([]), train=False)
+    )
+
+
+def test_unknown_pooling_is_refused():
+  with pytest.raises(ValueError, match="pool is 'cls'; it is one of"):
+    jax.eval_shape(
+      lambda: tiny(pool="cls").init(jax.random.key(0), **pack([]), train=False)
     )

@@ -141,6 +141,37 @@ def test_no_two_patches_of_a_large_image_fall_together(kind):
   assert apart.min() > 1e-6
 
 
+@pytest.mark.parametrize("keep_aspect", [False, True])
+@pytest.mark.parametrize("kind", position.RESIZED)
+def test_resized_tables_are_jax_image_resize(kind, keep_aspect):
+  """Each image of a row gets the table resized to its own grid."""
+  positions, grids, ids = packed_positions()
+  module = PositionEmbedding(kind, WIDTH, SIDE, keep_aspect=keep_aspect)
+  inputs = [jnp.asarray(x) for x in (positions, grids, ids)]
+  params = module.init(jax.random.key(0), *inputs)["params"]
+  # A size at which an error shows.
+  params = jax.tree.map(lambda x: x / 0.02, params)
+  out = jax.jit(module.apply)({"params": params}, *inputs)
+  for b, row in enumerate(GRIDS):
+    for m, (h, w) in enumerate(row):
+      own = ids[b] == m + 1
+      y, x = positions[b, own].T
+      size = (max(h, w),) * 2 if keep_aspect else (h, w)
+      if not own.any():
+        continue
+      if kind == "resized_factorised":
+        rows, columns = (
+          jax.image.resize(params[k], (n, WIDTH), "linear", antialias=False)
+          for k, n in zip(("rows", "columns"), size)
+        )
+        want = rows[y] + columns[x]
+      else:
+        method = "linear" if kind == "resized_bilinear" else "cubic"
+        want = jax.image.resize(params["table"], (*size, WIDTH), method)[y, x]
+      # Float32, of values around 1.
+      np.testing.assert_allclose(out[b, own], want, rtol=0, atol=1e-5)
+
+
 def test_grid_coordinates_are_in_raster_order():
   np.testing.assert_array_equal(
     position.grid_coordinates(2, 3),
@@ -164,3 +195,7 @@ def test_refusals():
     init("factorised_stack", 9)
   with pytest.raises(ValueError, match="needs an even width, not 9"):
     init("fourier", 9)
+  with pytest.raises(ValueError, match="stretches over each image already"):
+    init("resized_bilinear", WIDTH, SIDE, True)
+  with pytest.raises(ValueError, match="keep_aspect is for resized_"):
+    init("learned2d", WIDTH, SIDE, False, True)

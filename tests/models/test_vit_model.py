@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import vit_in_numpy
+from scipy import ndimage
 
 from big_vision_like import trees
-from big_vision_like.models import vit
+from big_vision_like.models import resnet, vit
+from big_vision_like.models.layers import position_table
 from big_vision_like.models.layers.encoder import unstack_blocks
+from big_vision_like.weights import vit as weights
 
 TINY = dict(width=24, depth=2, mlp=29, heads=3)
 
@@ -94,13 +97,22 @@ def count(pixels=224, **kw):
   ("variant", "pixels", "classes", "total"),
   [
     ("Ti/16", 224, 1000, 5_717_416),
+    ("Ti/16", 224, 21_843, 9_740_115),
+    ("S/32", 224, 1000, 22_878_952),
     ("S/32", 224, 21_843, 30_903_507),
     ("S/16", 224, 1000, 22_050_664),
     ("B/32", 224, 1000, 88_224_232),
+    ("B/16", 224, 1000, 86_567_656),
     ("B/16", 384, 0, 86_090_496),
     ("B/8", 224, None, 85_807_872),
+    ("L/32", 384, 1000, 306_632_680),
+    ("L/16", 224, 1000, 304_326_632),
     ("L/16", 384, 1000, 304_715_752),
     ("H/14", 224, 1000, 632_045_800),
+    ("R+Ti/16", 224, 1000, 6_337_704),
+    ("R26+S/32", 224, 21_843, 44_456_467),
+    ("R50+B/16", 224, 0, 97_890_112),
+    ("R50+L/32", 224, 1000, 328_994_856),
   ],
 )
 def test_parameter_counts_are_the_published_ones(
@@ -119,6 +131,106 @@ def test_larger_sizes_are_those_of_their_source():
     block = 4 * width * (width + 1) + 2 * width * mlp + mlp + width + 4 * width
     rest = (3 * 14 * 14 + 1) * width + 2 * width + 257 * width + width
     assert count(variant=f"{name}/14") == depth * block + rest
+
+
+def test_a_hybrid_is_a_vit_on_the_map_of_its_resnet():
+  image = images(64, 96)
+  hybrid = vit.Model(variant="R+Ti/16", sizes=TINY, num_classes=7)
+  params = randomised(hybrid, image=image)
+  trunk = resnet.StdResNet(stages=())
+  maps = jax.jit(trunk.apply)({"params": params["resnet"]}, image)
+  assert maps.shape == (2, 16, 24, 64)
+  plain = vit.Model(variant="Ti/8", sizes=TINY, num_classes=7)
+  rest = {k: v for k, v in params.items() if k != "resnet"}
+  want, got = run(plain, rest, maps), run(hybrid, params, image)
+  assert want["tokens"].shape == (2, 6, 24)
+  for key in want:
+    # The same operations in two programs.
+    np.testing.assert_allclose(got[key], want[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (7, 12), (16, 12), (1, 3)])
+def test_corner_resize_is_scipys_zoom(old, new):
+  """What Google's code does; jax.image.resize is another function."""
+  table = np.random.default_rng(0).normal(size=(1, 1 + old * old, 5))
+  got = position_table.resize_positions(
+    table, (new, new), kind="corners", prefix=1
+  )
+  zoom = (new / old, new / old, 1)
+  want = ndimage.zoom(table[0, 1:].reshape(old, old, 5), zoom, order=1)
+  np.testing.assert_array_equal(got[:, :1], table[:, :1])
+  # Rounding of float64.
+  np.testing.assert_allclose(got[0, 1:], want.reshape(-1, 5), atol=1e-13)
+  if old > 1:
+    grid = jnp.asarray(table[0, 1:].reshape(old, old, 5), jnp.float32)
+    other = jax.image.resize(grid, (new, new, 5), "linear")
+    assert np.abs(other.reshape(-1, 5) - got[0, 1:]).max() > 0.1
+
+
+def test_antialiased_resize_is_jaxs():
+  table = np.random.default_rng(0).normal(size=(1, 35, 3)).astype(np.float32)
+  for size in ((11, 13), (3, 2), (5, 7)):
+    got = position_table.resize_positions(
+      table, size, kind="antialias", old_size=(5, 7)
+    )
+    want = jax.image.resize(table.reshape(5, 7, 3), (*size, 3), "linear")
+    # Its weights are float32, ours float64.
+    np.testing.assert_allclose(got[0], want.reshape(-1, 3), atol=1e-5)
+
+
+def test_positions_that_are_no_grid_are_refused():
+  resize = position_table.resize_positions
+  for match, rows, kw in (
+    ("one of .*'corners'", 9, dict(kind="bicubic")),
+    ("10 positions are no square grid", 10, dict(kind="corners")),
+    ("of 10 positions, 1 of them", 10, dict(old_size=(2, 5), prefix=1)),
+  ):
+    kw = dict(kind="corners") | kw
+    with pytest.raises(ValueError, match=match):
+      resize(np.zeros((1, rows, 3)), (4, 4), **kw)
+
+
+def test_what_may_be_resized_of_published_weights():
+  """Positions, patches and the head of a Ti/4 model in another's shapes."""
+  rng = np.random.default_rng(0)
+
+  def flat(model, pixels):
+    shapes = jax.eval_shape(
+      lambda: model.init(
+        jax.random.key(0), jnp.zeros((1, pixels, pixels, 3)), train=False
+      )
+    )
+    return {k: x.shape for k, x in trees.flatten(shapes).items()}
+
+  old = {
+    k: rng.normal(size=x).astype(np.float32)
+    for k, x in flat(
+      vit.Model(variant="Ti/4", sizes=TINY, num_classes=7), 12
+    ).items()
+  }
+  model = vit.Model(variant="Ti/2", sizes=TINY, num_classes=5)
+  shapes = flat(model, 10)
+  new = dict(old)
+  for kind in ("positions", "patch", "head"):
+    new = weights.RESIZE[kind](model, new, shapes)
+  fresh = {"params/head/kernel", "params/head/bias"}
+  assert {k: x.shape for k, x in new.items()} == {
+    k: x for k, x in shapes.items() if k not in fresh
+  }
+  resized = {"params/pos_embed", "params/embed/kernel"}
+  for k in set(old) - fresh - resized:
+    assert new[k] is old[k]
+  table = old["params/pos_embed"]
+  corners = [1, 5, 21, 25]
+  np.testing.assert_allclose(
+    new["params/pos_embed"][0, corners], table[0, [1, 3, 7, 9]], rtol=1e-6
+  )
+  # Nothing to do: everything stays.
+  for kind in weights.RESIZE:
+    again = weights.RESIZE[kind](model, new, shapes)
+    jax.tree.map(np.testing.assert_array_equal, again, new)
+  other = weights.RESIZE["positions_antialias"](model, old, shapes)
+  assert np.abs(other["params/pos_embed"] - new["params/pos_embed"]).max() > 0.1
 
 
 @functools.partial(jax.jit, static_argnames=("model", "train"))
@@ -184,6 +296,11 @@ def test_refusals():
     jax.eval_shape(lambda: init(vit.Model(**kw), image))
 
   for match, kw in (
+    (
+      "Unknown variant 'R26\\+B/16'. Hybrids are as in R",
+      {"variant": "R26+B/16"},
+    ),
+    ("Unknown variant 'X\\+B/16'. Hybrids", {"variant": "X+B/16"}),
     ("Unknown variant 'XL/16'. The sizes are local, Ti", {"variant": "XL/16"}),
     ("needs a patch size, as in 'B/16'", {"variant": "B"}),
     ("'x' is no patch size; write B/16", {"variant": "B/x"}),

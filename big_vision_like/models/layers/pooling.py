@@ -1,4 +1,4 @@
-"""Attention pooling: one vector for each image, of single images or rows."""
+"""One vector for each image, of single images or of packed rows."""
 
 import dataclasses
 
@@ -61,3 +61,20 @@ class AttentionPool(nn.Module):
       return y
     used = (slot_ids[:, :, None] == segment_ids[:, None, :]).any(-1)
     return jnp.where(used[..., None], y, 0)
+
+
+def mean_pool(
+  tokens: Float[Array, "b l d"], segment_ids: Int[Array, "b l"], slots: int
+) -> Float[Array, "b {slots} d"]:
+  """The mean of each slot's tokens, summed in float32; 0 where it has none."""
+  slot_ids = jnp.arange(1, slots + 1, dtype=segment_ids.dtype)
+  own = segment_ids[:, None, :] == slot_ids[:, None]
+  count = jnp.maximum(own.sum(-1, keepdims=True), 1)
+  total = jnp.einsum(
+    "bml,bld->bmd",
+    own.astype(tokens.dtype),
+    tokens,
+    preferred_element_type=jnp.promote_types(tokens.dtype, jnp.float32),
+    precision="highest",
+  )
+  return (total / count).astype(tokens.dtype)

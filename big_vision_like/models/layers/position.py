@@ -3,7 +3,8 @@
 NaViT (arXiv 2307.06304, section 2.1 and table 3) compares seven, each of the
 absolute patch coordinates, and where it makes sense of the fractional ones.
 All are a function of a (row, column) pair in units of table entries, which
-`coordinates` computes, so that they differ in one line each.
+`coordinates` computes, so that they differ in one line each. NaFlex models
+(SigLIP 2, arXiv 2502.14786) resize a table to each image instead.
 """
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ KINDS = (
   "sinusoidal",
   "fourier",
 )
+RESIZED = ("resized_bilinear", "resized_bicubic", "resized_factorised")
 # Frequencies of a Fourier embedding over the unit square, before training
 # (Tancik et al., arXiv 2006.10739, use 10 for images).
 _FOURIER_SCALE = 10.0
@@ -69,6 +71,45 @@ def coordinates(
   return positions * jnp.where(grid <= entries, 1.0, squeeze)
 
 
+def resize_weights(
+  positions: Int[Array, "*n"],
+  grid: Int[Array, "*n"],
+  *,
+  entries: int,
+  cubic: bool = False,
+  antialias: bool = True,
+) -> Float[Array, "*n {entries}"]:
+  """The row `positions` of the matrix that resizes `entries` to `grid`.
+
+  float32, as `torch.nn.functional.interpolate` without align_corners has it:
+  half-pixel centres; with `antialias` the kernel widens where the table
+  shrinks, and its part that is outside of the table is left out.
+
+  Args:
+    positions: below `grid`; each may belong to an image of its own.
+    grid: rows, or columns, of the position's image.
+    entries: of the table.
+    cubic: Keys' kernel with a = -0.5 instead of the linear one; torch takes
+      -0.75 without antialias, so it goes with antialias.
+    antialias: see above.
+  """
+  if cubic and not antialias:
+    raise ValueError("Cubic resizing is for antialias=True only.")
+  scale = entries / jnp.maximum(grid, 1)[..., None]
+  center = (positions[..., None] + 0.5) * scale - 0.5
+  distance = jnp.abs(center - jnp.arange(entries))
+  if antialias:
+    distance = distance / jnp.maximum(scale, 1)
+  weights = _cubic(distance) if cubic else jax.nn.relu(1 - distance)
+  return weights / weights.sum(-1, keepdims=True)
+
+
+def _cubic(x):
+  near = (1.5 * x - 2.5) * x**2 + 1
+  far = ((2.5 - 0.5 * x) * x - 4) * x + 2
+  return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+
+
 class PositionEmbedding(nn.Module):
   """Embeds the positions of packed patches.
 
@@ -77,20 +118,25 @@ class PositionEmbedding(nn.Module):
   coordinates the sinusoidal and the Fourier one need no limit at all.
 
   Attributes:
-    kind: one of KINDS. learned1d is ViT's, by the index in the image's own
-      raster; learned2d has an entry for each (row, column); the factorised
-      ones have a table for rows and one for columns, of which the embeddings
-      are added, multiplied, or stacked as halves; sinusoidal is fixed;
-      fourier is the sine and cosine of a learned linear map.
+    kind: one of KINDS or RESIZED. learned1d is ViT's, by the index in the
+      image's own raster; learned2d has an entry for each (row, column); the
+      factorised ones have a table for rows and one for columns, of which the
+      embeddings are added, multiplied, or stacked as halves; sinusoidal is
+      fixed; fourier is the sine and cosine of a learned linear map. The resized
+      ones stretch a table over each image: antialiased, one for (row, column),
+      or linearly, the sum of one for rows and one for columns.
     width: features.
     max_grid: rows, and columns, that a table has entries for.
-    fractional: embed position / grid; not for learned1d.
+    fractional: embed position / grid; not for learned1d and resized ones.
+    keep_aspect: resize to a square over the longer side, of which an image
+      reads its upper left part; for resized ones only.
   """
 
   kind: str
   width: int
   max_grid: int = 64
   fractional: bool = False
+  keep_aspect: bool = False
 
   @nn.compact
   def __call__(
@@ -105,6 +151,8 @@ class PositionEmbedding(nn.Module):
     grid = jnp.take_along_axis(grid_hw, image, axis=1)
     if self.kind == "learned1d":
       return self.learned1d(positions, grid)
+    if self.kind in RESIZED:
+      return self.resized(positions, grid)
     bounded = self.fractional or self.kind not in ("sinusoidal", "fourier")
     coords = positions.astype(jnp.float32)
     if bounded:
@@ -120,9 +168,17 @@ class PositionEmbedding(nn.Module):
     return self.factorised(coords)
 
   def check(self):
-    if self.kind not in KINDS:
+    if self.kind not in KINDS + RESIZED:
       raise ValueError(
-        f"position is {self.kind!r}; it is one of {', '.join(KINDS)}."
+        f"position is {self.kind!r}; it is one of {', '.join(KINDS + RESIZED)}."
+      )
+    if self.kind in RESIZED and self.fractional:
+      raise ValueError(
+        f"{self.kind} stretches over each image already; leave out fractional."
+      )
+    if self.kind not in RESIZED and self.keep_aspect:
+      raise ValueError(
+        f"keep_aspect is for {', '.join(RESIZED)}, not for {self.kind}."
       )
     if self.fractional and self.kind == "learned1d":
       raise ValueError(
@@ -174,6 +230,26 @@ class PositionEmbedding(nn.Module):
       for x, wx in _neighbours(coords[..., 1], side)
     )
 
+  def resized(self, positions, grid):
+    side, factorised = self.max_grid, self.kind == "resized_factorised"
+    if self.keep_aspect:
+      grid = jnp.broadcast_to(grid.max(-1, keepdims=True), grid.shape)
+    weights = resize_weights(
+      positions,
+      grid,
+      entries=side,
+      cubic=self.kind == "resized_bicubic",
+      antialias=not factorised,
+    )
+    y, x = weights[:, :, 0], weights[:, :, 1]
+    if factorised:
+      rows = self.table("rows", side, self.width)
+      columns = self.table("columns", side, self.width)
+      return _product(y, rows) + _product(x, columns)
+    table = self.table("table", side, side, self.width)
+    outer = (y[..., :, None] * x[..., None, :]).reshape(*y.shape[:-1], -1)
+    return _product(outer, table.reshape(side**2, self.width))
+
   def fourier(self, coords):
     if self.width % 2:
       raise ValueError(
@@ -197,6 +273,10 @@ def _interpolate(table, coords):
   """
   entries = jnp.arange(table.shape[0], dtype=coords.dtype)
   weights = jax.nn.relu(1 - jnp.abs(coords[..., None] - entries))
+  return _product(weights, table)
+
+
+def _product(weights, table):
   return jnp.matmul(weights, table, precision="highest")
 
 

@@ -1,0 +1,193 @@
+"""The vision towers of SigLIP 2 NaFlex, and timm's NaFlexViT.
+
+Their code pads images to a common length, ours packs them. Layouts:
+
+  timm              NaFlexViT without LayerScale: the SigLIP 2 models
+  timm_layer_scale  with LayerScale: timm's own models. The scales multiply the
+                    projections before them, and are written as 1.
+  hf                transformers' Siglip2VisionModel, by its own names; a whole
+                    Siglip2Model has them behind "vision_model.". There is no
+                    classifier, and with vision_use_head=False, which is any
+                    `pool` but "map", no pooling.
+
+All have biases everywhere, so the model needs bias=True.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from big_vision_like.models import navit
+from big_vision_like.models.layers import variants
+from big_vision_like.weights import engine
+
+_SIGLIP2 = dict(
+  position="resized_bilinear", max_grid=16, bias=True, qk_norm=None
+)
+# The keywords of navit.Model that published weights are for; what a layout
+# alone says is that they are SigLIP 2's.
+SETTINGS = dict.fromkeys(("timm", "hf"), _SIGLIP2)
+PUBLISHED = {
+  "google/siglip2-base-patch16-naflex": dict(variant="B/16", **_SIGLIP2),
+  "google/siglip2-so400m-patch16-naflex": dict(variant="So400m/16", **_SIGLIP2),
+  "naflexvit_base_patch16_siglip": dict(variant="B/16", **_SIGLIP2),
+  "naflexvit_so400m_patch16_siglip": dict(variant="So400m/16", **_SIGLIP2),
+}
+
+
+def _timm(
+  model: navit.NaViT, *, layer_scale: bool = False
+) -> list[engine.Rule]:
+  size = variants.sizes(model.variant, navit.VARIANTS, model.sizes)
+  rules = [
+    *engine.dense("params/embed", "embeds.proj"),
+    *_timm_positions(model, size["width"]),
+    *engine.norm("params/encoder/norm", "norm"),
+  ]
+  if model.pool == "tok":
+    rules.append(engine.same("params/cls", "embeds.cls_token"))
+  if model.registers:
+    rules.append(engine.same("params/registers", "embeds.reg_token"))
+  for i in range(size["depth"]):
+    ours, theirs = f"params/encoder/blocks_{i}", f"blocks.{i}"
+    rules += _timm_block(ours, theirs, size, layer_scale)
+  if model.pool == "map":
+    rules += _timm_pool("params/pool", "attn_pool", size["heads"])
+  if model.num_classes:
+    rules += engine.dense("params/head", "head")
+  return rules
+
+
+def _timm_positions(model, width):
+  ours, theirs, side = "params/pos_embed", "embeds.pos_embed", model.max_grid
+  if model.position == "resized_factorised":
+    pairs = [("rows", f"{theirs}_y"), ("columns", f"{theirs}_x")]
+    shape = (side, width)
+  else:
+    pairs, shape = [("table", theirs)], (side, side, width)
+  return [
+    engine.reshaped(f"{ours}/{table}", name, shape, (1, *shape))
+    for table, name in pairs
+  ]
+
+
+def _timm_block(ours, theirs, size, layer_scale):
+  attn, heads = f"{theirs}.attn", size["heads"]
+  out = engine.heads_out(f"{ours}/attn/out", f"{attn}.proj", heads)
+  fc2 = engine.dense(f"{ours}/mlp/fc2", f"{theirs}.mlp.fc2")
+  if layer_scale:
+    out = [_scaled(*out, f"{theirs}.ls1.gamma")]
+    fc2 = [_scaled(*fc2, f"{theirs}.ls2.gamma")]
+  return [
+    *engine.norm(f"{ours}/ln1", f"{theirs}.norm1"),
+    *engine.fused_heads(_qkv(f"{ours}/attn"), f"{attn}.qkv", heads),
+    *out,
+    *engine.norm(f"{ours}/ln2", f"{theirs}.norm2"),
+    *engine.dense(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1"),
+    *fc2,
+  ]
+
+
+def _scaled(kernel, bias, gamma):
+  """One rule of a projection's two and of the LayerScale behind it."""
+
+  def load(w, b, scale):  # The outputs are the last axis of both of ours.
+    return kernel.load(w)[0] * scale, bias.load(b)[0] * scale
+
+  def save(w, b):
+    return *kernel.save(w), *bias.save(b), np.ones_like(b)
+
+  names = (*kernel.theirs, *bias.theirs, gamma)
+  return engine.Rule((*kernel.ours, *bias.ours), names, load, save)
+
+
+def _timm_pool(ours, theirs, heads):
+  query, *key_value = _qkv(f"{ours}/attn")
+  return [
+    engine.same(f"{ours}/probe", f"{theirs}.latent"),
+    *engine.heads(query, f"{theirs}.q", heads),
+    *engine.fused_heads(key_value, f"{theirs}.kv", heads),
+    *engine.heads_out(f"{ours}/attn/out", f"{theirs}.proj", heads),
+    *engine.norm(f"{ours}/ln", f"{theirs}.norm"),
+    *_mlp(f"{ours}/mlp", f"{theirs}.mlp"),
+  ]
+
+
+def _hf(model: navit.NaViT) -> list[engine.Rule]:
+  size = variants.sizes(model.variant, navit.VARIANTS, model.sizes)
+  side, width = model.max_grid, size["width"]
+  rules = [
+    *engine.dense("params/embed", "embeddings.patch_embedding"),
+    engine.reshaped(
+      "params/pos_embed/table",
+      "embeddings.position_embedding.weight",
+      (side, side, width),
+      (side**2, width),
+    ),
+    *engine.norm("params/encoder/norm", "post_layernorm"),
+  ]
+  for i in range(size["depth"]):
+    ours, theirs = f"params/encoder/blocks_{i}", f"encoder.layers.{i}"
+    rules += _hf_block(ours, theirs, size["heads"])
+  if model.pool == "map":
+    rules += _hf_pool("params/pool", "head", size["heads"])
+  return rules
+
+
+def _hf_block(ours, theirs, heads):
+  rules, attn = [], f"{theirs}.self_attn"
+  for path, letter in zip(_qkv(f"{ours}/attn"), "qkv"):
+    rules += engine.heads(path, f"{attn}.{letter}_proj", heads)
+  return [
+    *rules,
+    *engine.heads_out(f"{ours}/attn/out", f"{attn}.out_proj", heads),
+    *engine.norm(f"{ours}/ln1", f"{theirs}.layer_norm1"),
+    *engine.norm(f"{ours}/ln2", f"{theirs}.layer_norm2"),
+    *_mlp(f"{ours}/mlp", f"{theirs}.mlp"),
+  ]
+
+
+def _hf_pool(ours, theirs, heads):
+  attn = f"{theirs}.attention"
+  # torch's MultiheadAttention writes an underscore: in_proj_weight.
+  fused = [
+    dataclasses.replace(rule, theirs=(rule.theirs[0].replace("#.", "_"),))
+    for rule in engine.fused_heads(
+      _qkv(f"{ours}/attn"), f"{attn}.in_proj#", heads
+    )
+  ]
+  return [
+    engine.same(f"{ours}/probe", f"{theirs}.probe"),
+    *fused,
+    *engine.heads_out(f"{ours}/attn/out", f"{attn}.out_proj", heads),
+    *engine.norm(f"{ours}/ln", f"{theirs}.layernorm"),
+    *_mlp(f"{ours}/mlp", f"{theirs}.mlp"),
+  ]
+
+
+def _mlp(ours, theirs):
+  return [
+    *engine.dense(f"{ours}/fc1", f"{theirs}.fc1"),
+    *engine.dense(f"{ours}/fc2", f"{theirs}.fc2"),
+  ]
+
+
+def _qkv(path):
+  return [f"{path}/{name}" for name in ("query", "key", "value")]
+
+
+LAYOUTS = {
+  "timm": _timm,
+  "timm_layer_scale": functools.partial(_timm, layer_scale=True),
+  "hf": _hf,
+}
+# Images keep their aspect ratio; `size` is the side of a square with as many
+# patches. Crops there are none.
+_COMMON = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0)
+_TIMM = dict(_COMMON, size=384, interpolation="bicubic")
+PREPROCESS = {
+  "timm": _TIMM,
+  "timm_layer_scale": _TIMM,
+  "hf": dict(_COMMON, size=256, interpolation="bilinear"),
+}
