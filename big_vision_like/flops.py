@@ -63,9 +63,13 @@ def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
   return count_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs))
 
 
-def count_jaxpr(jaxpr: Any) -> float:
-  """The count of `count_flops` for a program that is already traced."""
-  return float(_count(jaxpr))
+def count_jaxpr(jaxpr: Any, *, padding: bool = False) -> float:
+  """The count of `count_flops` for a program that is already traced.
+
+  With `padding`, convolutions count the zeros around the image too, as the
+  tables of papers do.
+  """
+  return float(_count(jaxpr, padding))
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -82,20 +86,22 @@ def peak_flops_of(devices: Sequence[jax.Device]) -> float | None:
   return None if None in peaks else sum(peaks)
 
 
-def _count(jaxpr: Any) -> int:
-  return sum(_count_equation(eqn) for eqn in jaxpr.eqns)
+def _count(jaxpr: Any, padding: bool) -> int:
+  return sum(_count_equation(eqn, padding) for eqn in jaxpr.eqns)
 
 
-def _count_equation(eqn: Any) -> int:
+def _count_equation(eqn: Any, padding: bool) -> int:
   name, params = eqn.primitive.name, eqn.params
   if name == "dot_general":
     return _dot_general(eqn)
   if name == "conv_general_dilated":
-    return _conv(eqn)
+    return _conv(eqn, padding)
   if name == "pallas_call":
     estimate = params.get("cost_estimate")
     return int(estimate.flops) if estimate is not None else 0
-  inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(tuple(params.values()))]
+  inner = [
+    _count(jaxpr, padding) for jaxpr in _inner_jaxprs(tuple(params.values()))
+  ]
   if name == "cond":
     return max(inner)
   return _repeats(name, params) * sum(inner)
@@ -129,8 +135,8 @@ def _dot_general(eqn: Any) -> int:
   return 2 * math.prod(eqn.outvars[0].aval.shape) * depth
 
 
-def _conv(eqn: Any) -> int:
-  """Counts only products with real input: no padding, no dilation holes."""
+def _conv(eqn: Any, padding: bool) -> int:
+  """Counts products with real input, no dilation holes; padding if asked."""
   params = eqn.params
   dims = params["dimension_numbers"]
   lhs, rhs = (v.aval.shape for v in eqn.invars[:2])
@@ -143,6 +149,8 @@ def _conv(eqn: Any) -> int:
     read = places + taps - params["padding"][i][0]
     hole = params["lhs_dilation"][i]
     last = (lhs[dims.lhs_spec[2 + i]] - 1) * hole
-    real = (read >= 0) & (read <= last) & (read % hole == 0)
+    real = read % hole == 0
+    if not padding:
+      real &= (read >= 0) & (read <= last)
     products *= int(real.sum())
   return 2 * products

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from big_vision_like import checkpoint, pictures, sharding, train
+from big_vision_like import build, checkpoint, pictures, sharding, train
 from configs import navit_jft, vit_jft
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,7 +31,8 @@ def tiny(arg: str = "", module=navit_jft, **changes):
     c.total_steps = 6
     c.batch_size = 8
     c.log_every = 1
-    c.model.sizes = dict(width=24, depth=2, mlp=32, heads=2)
+    if c.model.name in ("vit", "navit"):
+      c.model.sizes = dict(width=24, depth=2, mlp=32, heads=2)
     c.model.dtype = "float32"
     if c.data.pack is not None:
       c.data.pack.length = 64
@@ -92,23 +93,48 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("size", ["local", "paper"])
-def test_every_config_trains(name, size, tmp_path):
-  module = importlib.import_module(f"configs.{name}")
-  arg = "" if size == "local" else "size=B/16"
-  c = tiny(arg, module)
+def test_every_config_trains(name, tmp_path):
+  c = tiny("", importlib.import_module(f"configs.{name}"))
   c.total_steps = 2
-  if size == "paper":
-    with c.unlocked():
-      c.model.variant = "B/16"
-      if c.data.pack is None:
-        c.data.ops = c.data.eval_ops = "decode|resize(32)"
-      else:
-        c.data.sizes.high = 96
-        c.data.sizes.low = 32
   scores = train.train(c, tmp_path)
   assert scores["val/examples"] == 16
   assert np.isfinite(list(losses(tmp_path).values())).all()
+
+
+@pytest.mark.parametrize("name", ["navit_jft", "vit_jft"])
+def test_the_paper_s_recipe_trains(name, tmp_path):
+  c = tiny("size=B/16", importlib.import_module(f"configs.{name}"))
+  c.total_steps = 2
+  with c.unlocked():
+    if c.data.pack is None:
+      c.data.ops = c.data.eval_ops = "decode|resize(32)"
+    else:
+      c.data.sizes.high = 96
+      c.data.sizes.low = 32
+  train.train(c, tmp_path)
+  assert np.isfinite(list(losses(tmp_path).values())).all()
+
+
+# A size of the paper for each config.
+PAPERS = {
+  "deepvit_i1k": "S",
+  "efficientvit_i1k": "M0",
+  "flexivit_i1k": "S",
+  "mobilevit_i1k": "XXS",
+  "mobilevit_v2_i1k": "0.5",
+  "navit_jft": "B/16",
+  "vit_i1k": "R26+S/32",
+  "vit_jft": "B/16",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_papers_step_is_a_program(name):
+  """Of the published size and batch: built and traced, not run."""
+  module = importlib.import_module(f"configs.{name}")
+  parts = build.build(module.get_config(f"size={PAPERS[name]}"))
+  tx, _ = build.make_optimizer(parts)
+  assert build.count_step_flops(parts, tx) > 5e11
 
 
 def test_a_run_folder_holds_what_it_promises(straight):

@@ -2,6 +2,7 @@
 
   bench             all of them
   bench step        images/s in training, packed, against published programs
+  bench models      images/s of single models, against timm's
   bench loader      decoding, resizing and packing on one core
   bench padding     the share of packed rows that is padding
   bench wait        the share of a training step spent waiting for data
@@ -17,7 +18,7 @@ import importlib
 
 from big_vision_like import allocator
 
-TABLES = ("step", "loader", "padding", "wait", "startup")
+TABLES = ("step", "models", "loader", "padding", "wait", "startup")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
 
 def _settings(name: str, args: argparse.Namespace) -> dict[str, object]:
   settings: dict[str, object] = {}
-  if args.repeats is not None and name in ("step", "loader", "startup"):
+  if args.repeats is not None and name not in ("padding", "wait"):
     settings["repeats"] = args.repeats
   if name == "step":
     settings |= {

@@ -10,6 +10,7 @@ from big_vision_like import __main__ as command_line
 from big_vision_like.benchmarks import (
   loader,
   measure,
+  models,
   padding,
   step,
   wait,
@@ -230,3 +231,15 @@ def test_step_table_has_a_ratio_for_each_peer(drop):
   )
   for peer in step.PEERS:
     assert float(row[header.index(f"ours / {peer}")]) > 0
+
+
+@pytest.mark.parity
+def test_models_are_measured_against_timms():
+  pytest.importorskip("timm")
+  pair = models.Pair("efficientvit", "M0", "efficientvit_m0", 64)
+  header, *rows = cells(
+    models.run(pairs=[pair], batches=(2,), repeats=1, modes=("eager",))
+  )
+  assert [row[1] for row in rows] == ["forward", "training"]
+  for row in rows:
+    assert float(row[header.index("ours / timm")]) > 0

@@ -1,0 +1,213 @@
+"""Images a second of single models, against timm's on the same cores.
+
+Forward passes in evaluation, of ours with BatchNorms folded, against the best
+of what torch offers: eager, channels last, compiled. Training steps are forward
+and backward passes with AdamW.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from big_vision_like import optim, resolve, train_step
+from big_vision_like.benchmarks import measure
+from big_vision_like.models.layers import convolution
+from big_vision_like.tasks import classification
+
+CLASSES = 1000
+MODES = ("eager", "channels last", "compiled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """A model of ours and the same one of timm's."""
+
+  name: str
+  variant: str
+  timm: str
+  pixels: int
+  aim: float = 1.0
+
+
+PAIRS = (
+  Pair("efficientvit", "M2", "efficientvit_m2", 224),
+  Pair("mobilevit", "S", "mobilevit_s", 256),
+  Pair("mobilevit_v2", "1.0", "mobilevitv2_100", 256),
+  Pair("vit", "S/16", "vit_small_patch16_224", 224, aim=1.5),
+)
+TRAINED = ("vit", "efficientvit")
+
+
+def run(
+  *,
+  pairs: Sequence[Pair] = PAIRS,
+  batches: Sequence[int] = (1, 16),
+  repeats: int = 7,
+  modes: Sequence[str] = MODES,
+) -> str:
+  """The table.
+
+  Args:
+    pairs: the models.
+    batches: sizes of the batch, each a row.
+    repeats: interleaved rounds.
+    modes: how torch runs; the fastest counts.
+  """
+  if not importlib.util.find_spec("timm"):
+    return "### Models\n\nNot measured: timm is not installed."
+  import torch
+
+  rows = []
+  for pair in pairs:
+    for batch in batches:
+      calls = {"ours": our_forward(pair, batch)}
+      calls |= {mode: their_forward(pair, batch, mode) for mode in modes}
+      rows.append(_row(pair, "forward", batch, calls, repeats))
+    if pair.name in TRAINED:
+      batch = max(batches)
+      calls = {"ours": our_training(pair, batch)}
+      eager = [mode for mode in modes if mode != "compiled"]
+      calls |= {mode: their_training(pair, batch, mode) for mode in eager}
+      rows.append(_row(pair, "training", batch, calls, repeats))
+  aims = ", ".join(f"{p.aim:g} for {p.name} {p.variant}" for p in pairs)
+  note = (
+    f"float32, on {jax.device_count()} x {jax.devices()[0].device_kind} and "
+    f"{torch.get_num_threads()} threads of torch, whose fastest of "
+    f"{', '.join(modes)} counts (training is not compiled). The ratio is the "
+    f"median over interleaved rounds. Aims for forward passes: {aims}; for "
+    "training 1."
+  )
+  return measure.table("Models, images/s", rows, note)
+
+
+def _row(pair, what, batch, calls, repeats):
+  times = measure.interleaved(calls, repeats=repeats)
+  modes = [name for name in calls if name != "ours"]
+  best = min(modes, key=times.median)
+  return {
+    "model": f"{pair.name} {pair.variant}",
+    "what": what,
+    "batch": batch,
+    "ours": batch / times.median("ours"),
+    "timm": batch / times.median(best),
+    "its mode": best,
+    "ours / timm": times.ratio(best, "ours"),
+  }
+
+
+def _model(pair: Pair, **more: Any):
+  settings = dict(name=pair.name, variant=pair.variant, num_classes=CLASSES)
+  return resolve.make("models", "Model", "models", settings | more)
+
+
+def _image(pair: Pair, batch: int) -> np.ndarray:
+  shape = (batch, pair.pixels, pair.pixels, 3)
+  return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def our_forward(pair: Pair, batch: int) -> Callable[[], None]:
+  """The compiled forward pass; BatchNorms are folded where there are any."""
+  model = _model(pair)
+  more = {"scan": False} if hasattr(model, "scan") else {}
+  model = model.clone(**more)
+  image = jnp.asarray(_image(pair, batch))
+  init = functools.partial(model.init, train=False)
+  variables = jax.jit(init)(jax.random.key(0), image)
+  if hasattr(model, "fused"):
+    module = resolve.resolve("models", pair.name, "Model").__module__
+    fold = getattr(__import__(module, fromlist=["fuse"]), "fuse", None)
+    variables = (fold or convolution.fuse)(variables)
+    model = model.clone(fused=True)
+  forward = jax.jit(lambda v, x: model.apply(v, x, train=False)["logits"])
+  return lambda: forward(variables, image).block_until_ready()
+
+
+def their_forward(pair: Pair, batch: int, mode: str) -> Callable[[], None]:
+  """timm's forward pass in evaluation."""
+  import torch
+
+  model, image = _theirs(pair, batch, mode)
+  model.eval()
+  if mode == "compiled":
+    model = torch.compile(model)
+
+  def run() -> None:
+    with torch.inference_mode():
+      model(image)
+
+  return run
+
+
+def _theirs(pair, batch, mode):
+  import torch
+
+  from big_vision_like.benchmarks import torchvision_ops
+
+  torchvision_ops.declare()
+  import timm
+
+  model = timm.create_model(pair.timm, num_classes=CLASSES)
+  image = torch.from_numpy(_image(pair, batch)).permute(0, 3, 1, 2)
+  if mode == "channels last":
+    model = model.to(memory_format=torch.channels_last)
+    return model, image.contiguous(memory_format=torch.channels_last)
+  return model, image.contiguous()
+
+
+def our_training(pair: Pair, batch: int) -> Callable[[], None]:
+  """Our step: forward, backward, AdamW."""
+  model = _model(pair)
+  more = {"scan": False} if hasattr(model, "scan") else {}
+  model = model.clone(**more)
+  task = classification.Task(num_classes=CLASSES, loss_name="softmax")
+  pixels = np.random.default_rng(0).integers(
+    0, 256, (batch, pair.pixels, pair.pixels, 3), dtype=np.uint8
+  )
+  data = {
+    "image": jnp.asarray(pixels),
+    "label": jnp.arange(batch, dtype=jnp.int32),
+    "_mask": jnp.ones(batch, bool),
+  }
+  init = functools.partial(train_step.init_variables, model, task)
+  rng = jax.random.key(0)
+  tx, _ = optim.make(
+    name="adamw",
+    lr=1e-3,
+    wd=0.05,
+    clip=None,
+    schedule=dict(name="constant"),
+    total_steps=1_000_000,
+    params=jax.eval_shape(init, rng, data)[0],
+  )
+  step = jax.jit(train_step.make_train_step(model, task, tx), donate_argnums=0)
+  init = functools.partial(train_step.init_state, model, task, tx)
+  state = [jax.jit(init)(rng, data)]
+
+  def run() -> None:
+    state[0], _ = step(state[0], data)
+    jax.block_until_ready(state[0])
+
+  return run
+
+
+def their_training(pair: Pair, batch: int, mode: str) -> Callable[[], None]:
+  """timm's model, torch's AdamW."""
+  import torch
+
+  model, image = _theirs(pair, batch, mode)
+  model.train()
+  labels = torch.arange(batch)
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+
+  def run() -> None:
+    optimizer.zero_grad(set_to_none=True)
+    torch.nn.functional.cross_entropy(model(image), labels).backward()
+    optimizer.step()
+
+  return run

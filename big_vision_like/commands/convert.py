@@ -1,0 +1,290 @@
+"""Converts published weights into a run folder, and back into their layouts.
+
+  convert vit_b16.safetensors runs/vit_b16 --model vit --variant B/16
+  convert runs/vit_b16 vit_b16.npz --layout google
+
+What it writes can be used as any run: by predict, and as config.init_from. The
+layout of a file is recognised from its names.
+"""
+
+import argparse
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from ml_collections import ConfigDict
+
+from big_vision_like import (
+  api,
+  checkpoint,
+  record,
+  resolve,
+  trees,
+  warm_start,
+)
+from big_vision_like.commands import predict
+from big_vision_like.weights import engine
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """From where, to where, and which model it is."""
+  add = parser.add_argument
+  add("source", help="file of weights, hf://org/name, or a run folder")
+  add("target", help="run folder to make, or a file of weights to write")
+  add("--model", metavar="NAME", help="of the weights: a file in models/")
+  add("--variant", metavar="V", help="of the model, such as B/16")
+  add("--layout", help="whose names; needed to write, recognised to read")
+  add("--set", nargs="+", default=(), metavar="KEY=VALUE", help="of the model")
+  add("--resize", nargs="+", default=(), help="what to fit to the model")
+  add("--labels", metavar="FILE", help="names: a line each, or JSON")
+  add("--dtype", choices=list(DTYPES), default="float32", help="to write")
+
+
+def main(args: argparse.Namespace) -> int:
+  """Converts, and says what was written."""
+  is_file = Path(args.source).suffix in engine.SUFFIXES
+  if is_file or args.source.startswith(warm_start.HUB):
+    return _import(args)
+  return _export(args)
+
+
+def _import(args: argparse.Namespace) -> int:
+  if not args.model or not args.variant:
+    raise ValueError(
+      "To read published weights, say whose they are: --model NAME --variant V "
+      f"with one of the models {', '.join(resolve.available('models'))}."
+    )
+  if Path(args.target).exists() and any(Path(args.target).iterdir()):
+    raise ValueError(f"{args.target} exists already; nothing was written.")
+  path = Path(args.source)
+  if args.source.startswith(warm_start.HUB):
+    path = warm_start.download(args.source)
+  settings = {"variant": args.variant, **_settings(args.set)}
+  config, variables, layout = read_published(
+    engine.read(path),
+    name=args.model,
+    settings=settings,
+    layout=args.layout,
+    resize=args.resize,
+  )
+  names = label_names(args.labels, path, config.task.num_classes)
+  write_run(Path(args.target), config, variables, names, source=args.source)
+  print(
+    f"{trees.count(variables['params']):,} parameters from {args.source}, read "
+    f"as {layout}, are in {args.target}."
+  )
+  return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+  if args.layout is None:
+    raise ValueError("To write published weights, say how: --layout NAME.")
+  if Path(args.target).exists():
+    raise ValueError(f"{args.target} exists already; nothing was written.")
+  run = predict.load_run(args.source)
+  name = run.config.model.name
+  tensors = engine.export_weights(
+    run.variables, name=name, model=run.model, layout=args.layout
+  )
+  dtype = DTYPES[args.dtype]
+  tensors = {
+    k: x.astype(dtype) if x.dtype == np.float32 else x
+    for k, x in tensors.items()
+  }
+  engine.write(args.target, tensors)
+  print(
+    f"{len(tensors)} arrays of {name} from {args.source}, in the "
+    f"{args.layout} layout, are in {args.target}."
+  )
+  return 0
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+  """KEY=VALUE, where the value is a Python literal or a word."""
+  settings = {}
+  for pair in pairs:
+    key, equals, value = pair.partition("=")
+    if not equals:
+      raise ValueError(f"--set {pair}: write KEY=VALUE.")
+    try:
+      settings[key] = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      settings[key] = value
+  return settings
+
+
+def read_published(
+  tensors: engine.Tensors,
+  *,
+  name: str,
+  settings: Mapping[str, Any],
+  layout: str | None = None,
+  resize: Sequence[str] = (),
+) -> tuple[ConfigDict, api.PyTree, str]:
+  """A model that computes what the published one does.
+
+  Args:
+    tensors: arrays by their names.
+    name: of the model's file.
+    settings: of the model, its variant among them; they go before those that
+      the layout asks for (its GELU, the constant of its LayerNorms, ...).
+    layout: whose names they are; None: recognised.
+    resize: see `engine.to_ours`.
+
+  Returns:
+    The sections `model`, `task` and `data` of a config, the variables, and the
+    layout.
+
+  Raises:
+    ValueError: if the arrays are not those of the model, see
+      `engine.import_weights`.
+  """
+  make = lambda **more: resolve.make(
+    "models", "Model", "--set", {"name": name, **settings, **more}
+  )
+  layout = layout or engine.recognise(tensors, name, make(num_classes=1))
+  wanted = {**_of_layout(name, layout, "SETTINGS", make()), **settings}
+  classes = engine.count_classes(tensors, name, make(num_classes=1), layout)
+  settings = {**wanted, "num_classes": classes}
+  model = make(**settings)
+  prepared = _of_layout(name, layout, "PREPROCESS", model)
+  shapes = jax.eval_shape(
+    lambda: model.init(
+      jax.random.key(0), train=False, **example_inputs(model, prepared)
+    )
+  )
+  variables, layout = engine.import_weights(
+    tensors,
+    name=name,
+    model=model,
+    shapes=shapes,
+    layout=layout,
+    resize=resize,
+  )
+  config = ConfigDict(
+    dict(
+      model={"name": name, **wanted},
+      task=dict(
+        name="classification",
+        loss_name="softmax",
+        num_classes=classes or 0,
+        mean=tuple(prepared["mean"]),
+        std=tuple(prepared["std"]),
+      ),
+      data=_data(model, prepared),
+    )
+  )
+  return config, variables, layout
+
+
+def _of_layout(
+  name: str, layout: str, table: str, model: nn.Module
+) -> dict[str, Any]:
+  """An entry of SETTINGS or PREPROCESS of weights/<name>.py."""
+  entry = engine.table(name, table).get(layout, {})
+  return dict(entry(model) if callable(entry) else entry)
+
+
+def example_inputs(
+  model: nn.Module, prepared: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Zeros of the shapes that a published model takes."""
+  if is_packed(model):
+    side = _patch(model)
+    ids = jnp.ones((1, 1), jnp.int32)
+    return dict(
+      patches=jnp.zeros((1, 1, 3 * side**2)),
+      segment_ids=ids,
+      positions=jnp.zeros((1, 1, 2), jnp.int32),
+      grid_hw=jnp.ones((1, 1, 2), jnp.int32),
+      example_mask=ids > 0,
+    )
+  return dict(image=jnp.zeros((1, prepared["size"], prepared["size"], 3)))
+
+
+def is_packed(model: nn.Module) -> bool:
+  """Whether a model reads packed rows."""
+  return "patches" in type(model).__call__.__annotations__
+
+
+def _patch(model: nn.Module) -> int:
+  return int(model.variant.partition("/")[2] or 16)
+
+
+def _data(model: nn.Module, prepared: Mapping[str, Any]) -> dict[str, Any]:
+  """How the published model's images are prepared, as our ops."""
+  if is_packed(model):
+    tokens = (prepared["size"] // _patch(model)) ** 2
+    pack = dict(length=4 * tokens, patch=_patch(model), max_images=16)
+    return dict(eval_ops="decode", pack=pack)
+  size, crop_pct = prepared["size"], prepared["crop_pct"]
+  if crop_pct is None:
+    return dict(eval_ops=f"decode|resize({size})", pack=None)
+  method = prepared["interpolation"]
+  ops = f"resize_center_crop({size}, crop_pct={crop_pct}, "
+  return dict(eval_ops=f"decode|{ops}interpolation='{method}')", pack=None)
+
+
+def label_names(
+  path: str | None, weights: Path, classes: int
+) -> tuple[str, ...]:
+  """Names of the classes: of a file, or of the config.json beside the weights.
+
+  Raises:
+    ValueError: if there are not as many names as classes.
+  """
+  beside = weights.parent / "config.json"
+  if path is None and not beside.is_file():
+    return tuple(f"class {i}" for i in range(classes))
+  file = beside if path is None else Path(path)
+  text = file.read_text()
+  if file.suffix == ".json":
+    stored = json.loads(text)
+    if isinstance(stored, dict):
+      stored = stored.get("id2label", stored)
+      stored = [stored[k] for k in sorted(stored, key=int)]
+    names = tuple(map(str, stored))
+  else:
+    names = tuple(text.splitlines())
+  if len(names) != classes:
+    raise ValueError(
+      f"{file} names {len(names)} classes, and the weights have {classes}."
+    )
+  return names
+
+
+def write_run(
+  folder: Path,
+  config: ConfigDict,
+  variables: api.PyTree,
+  names: Sequence[str],
+  *,
+  source: str,
+) -> None:
+  """A run folder with one checkpoint, of step 0."""
+  record.record_run(
+    folder,
+    config.to_json_best_effort(),
+    {"label_names": list(names), "converted_from": source},
+    overview=trees.overview(variables["params"]),
+  )
+  state = api.TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=variables["params"],
+    model_state={k: v for k, v in variables.items() if k != "params"},
+    opt_state=(),
+    rng=jax.random.key(0),
+  )
+  state = jax.tree.map(jnp.asarray, state)
+  path = folder / checkpoint.FOLDER
+  with checkpoint.Checkpointer(path) as checkpoints:
+    checkpoints.save(0, state, {"step": 0, "data": 0})

@@ -1,0 +1,96 @@
+"""Lists all models with their sizes, parameters and multiply-adds.
+
+Multiply-adds are those of matrix products and convolutions in one forward pass
+of one image of the published size, padding included, as the papers count them.
+"""
+
+import argparse
+import contextlib
+import importlib
+import unittest.mock
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from big_vision_like import flops, resolve, trees
+from big_vision_like.benchmarks import measure
+from big_vision_like.models.layers import convolution
+
+CLASSES = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Which models."""
+  parser.add_argument("names", nargs="*", help="files in models/; all if none")
+
+
+def main(args: argparse.Namespace) -> int:
+  """Prints a table in markdown."""
+  rows = []
+  for name in args.names or resolve.available("models"):
+    published = published_sizes(name)
+    for variant, size in published.items():
+      params, products = measure_model(name, variant, size)
+      rows.append(
+        {
+          "model": name,
+          "variant": variant,
+          "pixels": size,
+          "parameters": f"{params:,}",
+          "multiply-adds": f"{products / 1e9:,.3f} G",
+        }
+      )
+  print(measure.table("Models", rows, f"With a head of {CLASSES:,} classes."))
+  return 0
+
+
+def published_sizes(name: str) -> dict[str, int]:
+  """The variants that were published, with the side of their images.
+
+  A model's file says so as PUBLISHED; without, all VARIANTS but "local" were,
+  at IMAGE_SIZE. One that has neither stands on other models.
+  """
+  module = importlib.import_module(f"{resolve.PACKAGE}.models.{name}")
+  if hasattr(module, "PUBLISHED"):
+    return dict(module.PUBLISHED)
+  if not hasattr(module, "IMAGE_SIZE"):
+    return {}
+  return {v: module.IMAGE_SIZE for v in module.VARIANTS if v != "local"}
+
+
+def measure_model(name: str, variant: str, size: int) -> tuple[int, float]:
+  """Parameters, and multiply-adds of one image of `size` pixels a side."""
+  model = resolve.make(
+    "models",
+    "Model",
+    "models",
+    dict(name=name, variant=variant, num_classes=CLASSES),
+  )
+  return count(model, dict(image=jnp.zeros((1, size, size, 3))))
+
+
+def count(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, float]:
+  """Parameters and multiply-adds of a model; nothing is computed."""
+  if hasattr(model, "attention"):
+    model = model.clone(attention="xla")
+  with _grouped_convolutions():
+    variables = jax.eval_shape(
+      lambda: model.init(jax.random.key(0), train=False, **inputs)
+    )
+    program = jax.make_jaxpr(
+      lambda v, x: model.apply(v, train=False, **x)["logits"]
+    )(variables, inputs)
+  products = flops.count_jaxpr(program, padding=True) / 2
+  return trees.count(variables["params"]), products
+
+
+@contextlib.contextmanager
+def _grouped_convolutions() -> Iterator[None]:
+  """Depthwise convolutions as one operation each, which can be counted."""
+  with unittest.mock.patch.object(
+    convolution, "target_platform", return_value="tpu"
+  ):
+    yield
