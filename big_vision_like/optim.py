@@ -161,12 +161,16 @@ def frozen_mask(params: api.PyTree, frozen: Sequence[str]) -> api.PyTree:
   return mask
 
 
+_DURATIONS = ("warmup", "warmup_start", "cooldown")
+
+
 def make_schedule(
   *,
   lr: int | float,
   total_steps: int,
   name: str,
   warmup: int | float = 0,
+  warmup_start: float = 0.0,
   cooldown: int | float = 0,
   **settings: Any,
 ) -> optax.Schedule:
@@ -174,12 +178,13 @@ def make_schedule(
 
   lr * shape * min(1, step / warmup) * min(1, (total_steps - step) / cooldown)
 
-  where shape, with t = step - warmup (0 before) and progress t / (total_steps
+  where the warmup begins at a share `warmup_start` of the learning rate, and
+  shape, with t = step - warmup (0 before) and progress t / (total_steps
   - warmup), is
 
     constant  1
     linear    1 - (1 - end) * progress            end = 0, a share of lr
-    cosine    (1 + cos(pi * progress)) / 2
+    cosine    end + (1 - end) * (1 + cos(pi * progress)) / 2        end = 0
     rsqrt     1 / sqrt(1 + t / timescale)         timescale = 10,000
 
   Durations are steps, or, below 1, shares of `total_steps`.
@@ -190,7 +195,7 @@ def make_schedule(
   """
   shape = _choose(SCHEDULES, name, "config.optim.schedule.name")
   where = f"config.optim.schedule {name!r}"
-  _check_settings(shape, settings, where, also=("warmup", "cooldown"))
+  _check_settings(shape, settings, where, also=_DURATIONS)
   warmup = _steps(warmup, total_steps, "warmup")
   cooldown = _steps(cooldown, total_steps, "cooldown")
   if "timescale" in settings:
@@ -207,7 +212,8 @@ def make_schedule(
   def schedule(step):
     value = lr * shape(jnp.clip(step - warmup, 0, span), span, **settings)
     if warmup:
-      value *= jnp.minimum(1.0, step / warmup)
+      rise = jnp.minimum(1.0, step / warmup)
+      value *= warmup_start + (1.0 - warmup_start) * rise
     if cooldown:
       value *= jnp.clip((total_steps - step) / cooldown, 0.0, 1.0)
     return jnp.asarray(value, jnp.float32)
@@ -224,8 +230,8 @@ def _linear(t, span, *, end: int | float = 0.0):
   return 1.0 - (1.0 - end) * t / span
 
 
-def _cosine(t, span):
-  return 0.5 * (1.0 + jnp.cos(jnp.pi * t / span))
+def _cosine(t, span, *, end: int | float = 0.0):
+  return end + (1.0 - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * t / span))
 
 
 def _rsqrt(t, span, *, timescale: int | float = 10_000):

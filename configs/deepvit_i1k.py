@@ -81,5 +81,8 @@ def _paper(c, a):
   c.data.workers = 8
   c.optim.lr = 5e-4
   c.optim.schedule = dict(
-    name="cosine", warmup=5 * epoch if not a.steps else 5 / 300
+    name="cosine",
+    warmup=5 * epoch if not a.steps else 5 / 300,
+    warmup_start=1e-6 / c.optim.lr,
+    end=1e-5 / c.optim.lr,
   )

@@ -10,13 +10,12 @@ Figures: top-1 69.0 (XXS), 74.8 (XS), 78.4 (S) at 256 px, with the average of
 the weights (section 4.1, figure 6; XXS from Table 2 of arXiv 2206.02680).
 Measured for the local size: in 400 steps the loss falls from 2.4 to 1.3; the
 accuracy on 1,000 held-out scenes is 0.64 (0.10 by chance). 140 s of CPU time.
-Not the paper's: it draws a size of 160 to 320 px for each step (section 3.2,
-0.5 points), begins and ends at a tenth of the learning rate and averages
-BatchNorm's statistics too. We train at 256 px, begin and end at 0 and keep the
-last statistics.
+Each step of the paper's run has a size of its own, from 160 to 320 px (section
+3.2). Not the paper's: it averages BatchNorm's statistics as well as the
+weights; we keep the last.
 """
 
-from big_vision_like.data import sources
+from big_vision_like.data import multi_scale, sources
 from configs import common
 
 _VARIANTS = ("XXS", "XS", "S")
@@ -74,9 +73,22 @@ def _paper(c, a):
   c.model.dtype = "bfloat16"
   c.model.dropout = 0.05 if a.size == "XXS" else 0.1
   c.model.head_dropout = 0.1
-  c.data.ops = "decode|random_resized_crop(256)|flip_lr"
+  # As in version 0.1 of ml-cvnets, the code of the paper's runs.
+  c.data.scales = multi_scale.scales(
+    (160, 192, 256, 288, 320),
+    base=256,
+    batch_size=c.batch_size,
+    multiple=64,
+    at_least=c.batch_size,
+  )
+  c.data.ops = "decode|random_resized_crop(({h}, {w}))|flip_lr"
   c.data.eval_ops = "decode|resize_small(288)|center_crop(256)"
   c.data.workers = 8
   c.optim.lr = 2e-3
   c.optim.wd = 0.01
-  c.optim.schedule = dict(name="cosine", warmup=3000 if not a.steps else 0.008)
+  c.optim.schedule = dict(
+    name="cosine",
+    warmup=3000 if not a.steps else 0.008,
+    warmup_start=0.1,
+    end=0.1,
+  )

@@ -245,6 +245,20 @@ def closed_form(name, t):
   }[name]()
 
 
+def test_cosine_from_and_to_a_share_of_the_learning_rate():
+  fn = optim.make_schedule(
+    lr=LR,
+    total_steps=TOTAL,
+    name="cosine",
+    warmup=100,
+    warmup_start=0.1,
+    end=0.02,
+  )
+  middle = 0.02 + 0.98 / 2
+  for t, share in ((0, 0.1), (50, 0.55), (100, 1), (550, middle), (1000, 0.02)):
+    np.testing.assert_allclose(fn(t), share * LR, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", optim.SCHEDULES)
 @pytest.mark.parametrize("share", [False, True])
 def test_schedules_equal_their_closed_forms(name, share):
@@ -312,7 +326,7 @@ def test_bfloat16_momentum_of_adamw():
     (
       dict(schedule=dict(name="rsqrt", warm_up=3)),
       r"config\.optim\.schedule 'rsqrt' does not take 'warm_up'\. Did you "
-      r"mean 'warmup'\? It takes: timescale, warmup, cooldown\.",
+      r"mean 'warmup'\? It takes: timescale, warmup, warmup_start, cooldown\.",
     ),
     (
       dict(schedule=dict(name="rsqrt", warmup=70, cooldown=31)),
