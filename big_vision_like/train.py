@@ -175,16 +175,23 @@ class _Run:
     state = jax.jit(init, out_shardings=self.shardings)()
     if config.init_from:
       state = self._init_from(state)
+    for collection, path in config.init_collections.items():
+      state = self._fill(state, collection, path)
     return state, 0, 0
 
   def _init_from(self, state: api.TrainState) -> api.TrainState:
     config = self.config
-    fresh = {**state.params, **state.model_state}
+    own = {
+      k: x
+      for k, x in state.model_state.items()
+      if k not in config.init_collections
+    }
+    fresh = {**state.params, **own}
     loaded = warm_start.load(
       config.init_from,
       name=config.model.name,
       model=self.parts.model,
-      shapes={"params": state.params, **state.model_state},
+      shapes={"params": state.params, **own},
       resize=tuple(config.init_resize),
     )
     loaded = {**loaded.pop("params"), **loaded}
@@ -193,9 +200,25 @@ class _Run:
     )
     print(f"Parameters from {config.init_from}:\n{report}")
     params = {k: whole[k] for k in state.params}
-    model_state = {k: whole[k] for k in state.model_state}
+    model_state = {**state.model_state, **{k: whole[k] for k in own}}
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, model_state=model_state, ema=ema)
+
+  def _fill(
+    self, state: api.TrainState, collection: str, path: str
+  ) -> api.TrainState:
+    """Takes the variables of another run, such as those of a teacher."""
+    if collection not in state.model_state:
+      raise ValueError(
+        f"config.init_collections names {collection!r}, which the model does "
+        f"not have; it has {', '.join(state.model_state) or 'none'}."
+      )
+    filled, report = warm_start.init_from(
+      state.model_state[collection], checkpoint.load_variables(path)
+    )
+    print(f"{collection.capitalize()} from {path}:\n{report}")
+    model_state = {**state.model_state, collection: filled}
+    return state.replace(model_state=model_state)
 
   def _jit_step(self):
     parts, config = self.parts, self.config

@@ -35,6 +35,8 @@ def base() -> ConfigDict:
   c.init_from = ""
   c.init_skip = ()
   c.init_resize = ()
+  # Collection of variables -> run folder to fill it from: dict(teacher=...).
+  c.init_collections = ConfigDict()
   # Model keyword -> choices, one drawn at each step (one compile each).
   c.static = ConfigDict()
   # name = file in tasks/, and what its `Task` takes.

@@ -205,6 +205,34 @@ def test_trains_on_a_folder_with_broken_photographs(tmp_path, caplog):
     assert name in caplog.text
 
 
+def test_a_student_learns_from_the_teacher_of_another_run(tmp_path):
+  teacher = tiny("", vit_jft)
+  teacher.total_steps = 2
+  train.train(teacher, tmp_path / "teacher")
+  c = tiny("", vit_jft, total_steps=2)
+  with c.unlocked():
+    student = c.model.to_dict()
+    del student["name"]
+    c.model = dict(
+      name="distill",
+      student=dict(name="vit", **student),
+      teacher=dict(name="vit", **student),
+    )
+    c.task = dict(name="distillation", labels="multi_label")
+    c.init_collections.teacher = str(tmp_path / "teacher")
+  train.train(c, tmp_path / "student")
+  got = checkpoint.load_variables(tmp_path / "student")
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    got["teacher"]["params"],
+    params(tmp_path / "teacher"),
+  )
+  with c.unlocked():
+    c.init_collections = dict(teachr=str(tmp_path / "teacher"))
+  with pytest.raises(ValueError, match=r"names 'teachr'.*it has teacher\."):
+    train.train(c, tmp_path / "typo")
+
+
 @pytest.mark.slow
 def test_killed_or_stopped_from_outside_resumes_bitwise(tmp_path):
   """In its own process, with another number of workers afterwards."""
