@@ -124,12 +124,12 @@ def test_timm(variant):
 def errors(got, wanted):
   """Norms of the differences by path, as shares of the wanted norms.
 
-  Moving all keys of a query moves no attention: what their bias receives is
-  rounding, which the floor covers.
+  Moving all keys of a query moves no attention, and the next batch's mean takes
+  away what some biases add: those receive rounding, which the floor covers.
   """
   got, wanted = trees.flatten(got), trees.flatten(wanted)
   norms = {k: np.linalg.norm(x) for k, x in wanted.items()}
-  floor = 1e-4 * np.median(list(norms.values()))
+  floor = 1e-2 * np.median(list(norms.values()))
   return {
     k: np.linalg.norm(x - wanted[k]) / (norms[k] + floor)
     for k, x in got.items()
@@ -179,8 +179,9 @@ def test_training():
   grad = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST)
   grads, ours = grad(variables["params"], jnp.asarray(image))
   ours = ours | {"params": grads}
-  for k, error in errors(ours, their_step(torch.float64)).items():
-    assert error < 1e-3, f"{k}: off by {error:.1e} of its norm"
+  for kind, wanted in their_step(torch.float64).items():
+    for k, error in errors({kind: ours[kind]}, {kind: wanted}).items():
+      assert error < 1e-3, f"{k}: off by {error:.1e} of its norm"
 
 
 def official_names(tensors):

@@ -240,7 +240,9 @@ def fuse(variables: dict[str, Any], *, eps: float = 1e-5) -> dict[str, Any]:
       factor = norm["scale"] / jnp.sqrt(stats["bn"]["var"] + eps)
       bias = norm["bias"] - stats["bn"]["mean"] * factor
       return {"conv": {"kernel": kernel * factor, "bias": bias}}, {}
-    new_params, new_stats = {}, {}
+    # Statistics of a BatchNorm that follows no convolution stay.
+    new_params = {}
+    new_stats = {k: x for k, x in stats.items() if k not in params}
     for name, value in params.items():
       inner = stats.get(name, {})
       if isinstance(value, dict):
