@@ -134,3 +134,17 @@ def check_size(size: str, sizes: tuple[str, ...], config: str) -> None:
     raise ValueError(
       f"{config} has no size={size}; it has: {', '.join(sizes)}."
     )
+
+
+def validate(c: ConfigDict, *, limit: int) -> None:
+  """Scores a classification five times in a run, on `limit` held-out images.
+
+  Call it when the task and the length of the run are set.
+  """
+  c.evals.val = dict(
+    name="classification",
+    loss_name=c.task.loss_name,
+    every=max(1, c.total_steps // 5),
+    data=dict(split="validation", limit=limit),
+  )
+  c.checkpoint.every = max(1, c.total_steps // 10)

@@ -40,19 +40,11 @@ def get_config(arg=None):
       _local(c, a)
     else:
       _paper(c, a)
-    c.evals.val = dict(
-      name="classification",
-      loss_name="sigmoid",
-      every=max(1, c.total_steps // 5),
-      data=dict(
-        split="validation", limit=1000 if a.size == "local" else 50_000
-      ),
-    )
+    common.validate(c, limit=1000 if a.size == "local" else 50_000)
     for grid in c.static.grid:
       c.evals[f"grid{grid}"] = dict(
         **{**c.evals.val, "every": 0}, static=dict(grid=grid)
       )
-    c.checkpoint.every = max(1, c.total_steps // 10)
   return c.lock()
 
 

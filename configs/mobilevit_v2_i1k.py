@@ -55,15 +55,7 @@ def get_config(arg=None):
       _local(c, a)
     else:
       _paper(c, a)
-    c.evals.val = dict(
-      name="classification",
-      loss_name="softmax",
-      every=max(1, c.total_steps // 5),
-      data=dict(
-        split="validation", limit=1000 if a.size == "local" else 50_000
-      ),
-    )
-    c.checkpoint.every = max(1, c.total_steps // 10)
+    common.validate(c, limit=1000 if a.size == "local" else 50_000)
   return c.lock()
 
 

@@ -42,14 +42,7 @@ def get_config(arg=None):
       _local(c, a)
     else:
       _paper(c, a)
-    c.evals.val = dict(
-      name="classification",
-      every=max(1, c.total_steps // 5),
-      data=dict(
-        split="validation", limit=2000 if a.size == "local" else 50_000
-      ),
-    )
-    c.checkpoint.every = max(1, c.total_steps // 10)
+    common.validate(c, limit=2000 if a.size == "local" else 50_000)
     c.checkpoint.best = ("val/mAP", "max")
   return c.lock()
 
