@@ -195,12 +195,12 @@ def attend(
   v: Float[Array, "b n c"],
   bias: Float[Array, "n n"],
 ) -> Float[Array, "b n c"]:
-  """softmax(q kᵀ / sqrt(k) + bias) v, the softmax in float32."""
+  """softmax(q kᵀ / sqrt(k) + bias) v, the softmax in float32 or wider."""
   scores = jnp.einsum(
     "bqd,bkd->bqk",
     q * q.shape[-1] ** -0.5,
     k,
-    preferred_element_type=jnp.float32,
+    preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
   )
   weights = jax.nn.softmax(scores + bias).astype(v.dtype)
   return jnp.einsum("bqk,bkc->bqc", weights, v)
@@ -253,7 +253,7 @@ class Head(nn.Module):
     return nn.Dense(
       self.num_classes,
       kernel_init=nn.initializers.normal(0.02),
-      dtype=jnp.float32,
+      dtype=x.dtype,
       name="linear",
     )(x)
 
@@ -340,7 +340,7 @@ class EfficientViT(nn.Module):
         block = Sandwich(attention, name=f"stage{s}_block{i}", **kw)
         x = block(x, train=train)
 
-    pooled = x.astype(jnp.float32).mean((1, 2))
+    pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
     outputs = {"pooled": pooled, "map": x}
     if self.num_classes:
       head = lambda name: Head(self.num_classes, self.fused, name=name)

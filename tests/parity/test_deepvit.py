@@ -301,14 +301,12 @@ def test_training_statistics_and_gradients():
 
   state = {k: x.numpy() for k, x in theirs.state_dict().items()}
   wanted = imported(state, "S", sizes)["batch_stats"]
-  for name, x in trees.flatten(wanted).items():
-    np.testing.assert_allclose(
-      trees.flatten(new["batch_stats"])[name],
-      x,
-      rtol=1e-5,
-      atol=1e-12,
-      err_msg=name,
-    )
+  got, wanted = trees.flatten(new["batch_stats"]), trees.flatten(wanted)
+  for name, x in wanted.items():
+    # A mean is rounded as the values are whose mean it is.
+    var = wanted[name.removesuffix("mean") + "var"] if "mean" in name else 0
+    error = np.abs(got[name] - x)
+    assert (error <= 1e-5 * (np.abs(x) + np.sqrt(var))).all(), name
 
   their_grads = dict(state) | {
     k: p.grad.numpy() for k, p in theirs.named_parameters()

@@ -104,7 +104,10 @@ class Conv(nn.Module):
     if padding is None:
       padding = self.dilation * (k - 1) // 2
     if k == 1 and self.stride == 1 and self.groups == 1 and padding == 0:
-      x = x @ kernel[0, 0]
+      # Over all pixels as one axis, the gradient of the kernel needs no
+      # transposed copy of the map on a CPU.
+      pixels = x.reshape(-1, channels) @ kernel[0, 0]
+      x = pixels.reshape(*x.shape[:-1], self.features)
     elif self.groups == channels == self.features:
       x = depthwise(
         x,
@@ -134,7 +137,7 @@ class BatchNorm(nn.Module):
 
   Training normalises by the batch's biased variance and moves the running
   statistics, of which the variance is unbiased, by `momentum`. Under a mesh
-  the batch is the global one. Statistics are float32.
+  the batch is the global one. Statistics are float32, or float64 for such maps.
 
   Attributes:
     momentum: weight of the new batch, as torch counts it.
@@ -166,18 +169,22 @@ class BatchNorm(nn.Module):
       scale = self.param("scale", self.scale_init, shape)
       bias = self.param("bias", nn.initializers.zeros, shape)
     center, spread = mean.value, var.value
+    wide = jnp.promote_types(x.dtype, jnp.float32)
     if train and not self.frozen:
       axes = tuple(range(x.ndim - 1))
       count = x.size // x.shape[-1]
-      values = x.astype(jnp.float32)
+      values = x.astype(wide)
       center = values.mean(axes)
-      spread = jnp.square(values - center).mean(axes)
+      # The variance does not change with the mean that it is taken around, so
+      # that the backward pass need not sum what comes to nothing.
+      fixed = jax.lax.stop_gradient(center)
+      spread = jnp.square(values - fixed).mean(axes)
       if not self.is_initializing():
         unbiased = spread * (count / max(count - 1, 1))
         mean.value += self.momentum * (center - mean.value)
         var.value += self.momentum * (unbiased - var.value)
     factor = scale * jax.lax.rsqrt(spread + self.eps)
-    x = x.astype(jnp.float32) * factor + (bias - center * factor)
+    x = x.astype(wide) * factor + (bias - center * factor)
     return x.astype(self.dtype)
 
 
