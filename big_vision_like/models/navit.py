@@ -59,6 +59,8 @@ class NaViT(nn.Module):
     pool: what the head reads: "map" attention pooling, "gap" the mean over an
       image's patches after the last LayerNorm, "tok" a class token, which is
       one more token like the registers.
+    fc_norm: the last LayerNorm comes after the mean of pool="gap", instead of
+      before it; tokens have none then. The name is timm's.
     pool_mlp: the MLP of the attention pooling; False: attention alone.
     head_zero_init: start the head's kernel at 0, as for fine-tuning.
     head_bias: where the head's bias starts, such as -10 for sigmoid losses.
@@ -77,6 +79,7 @@ class NaViT(nn.Module):
   bias: bool = False
   registers: int = 0
   pool: str = "map"
+  fc_norm: bool = False
   pool_mlp: bool = True
   head_zero_init: bool = False
   head_bias: float = 0.0
@@ -112,8 +115,7 @@ class NaViT(nn.Module):
       logits float32 [B,M,C] and pooled [B,M,D], 0 in slots without an image;
       tokens [B,L,D] after the last LayerNorm.
     """
-    if self.pool not in POOLS:
-      raise ValueError(f"pool is {self.pool!r}; it is one of {POOLS}.")
+    self.check()
     size = variants.sizes(self.variant, VARIANTS, self.sizes)
     slots = grid_hw.shape[1]
     config = self.block_config(size)
@@ -135,6 +137,7 @@ class NaViT(nn.Module):
       self.stochastic_depth,
       self.remat,
       self.scan,
+      not self.fc_norm,
       name="encoder",
     )(x, train=train, segment_ids=ids, max_segments=slots)
     added, x = self.take_tokens(x, order, slots)
@@ -144,6 +147,8 @@ class NaViT(nn.Module):
       )
     elif self.pool == "gap":
       pooled = mean_pool(x, segment_ids, slots)
+      if self.fc_norm:
+        pooled = config.layer_norm("fc_norm")(pooled)
     else:
       pooled = added[:, :, 0]
     pooled = jnp.where(example_mask[..., None], pooled, 0)
@@ -152,6 +157,14 @@ class NaViT(nn.Module):
       logits = self.head(pooled)
       outputs["logits"] = jnp.where(example_mask[..., None], logits, 0)
     return outputs
+
+  def check(self):
+    if self.pool not in POOLS:
+      raise ValueError(f"pool is {self.pool!r}; it is one of {POOLS}.")
+    if self.fc_norm and self.pool != "gap":
+      raise ValueError(
+        f"fc_norm is for pool='gap', the mean over patches, not {self.pool!r}."
+      )
 
   def block_config(self, size):
     return BlockConfig(

@@ -10,7 +10,10 @@ Their code pads images to a common length, ours packs them. Layouts:
                     classifier, and with vision_use_head=False, which is any
                     `pool` but "map", no pooling.
 
-All have biases everywhere, so the model needs bias=True.
+All have biases everywhere, so the model needs bias=True. Of timm's NaFlexViT
+these are not read: naflexvit_so150m2_*, which have no biases in queries, keys
+and values (and no published weights), and *_radio_*, which have no last
+LayerNorm and resize their tables without antialias.
 """
 
 import dataclasses
@@ -25,14 +28,33 @@ from big_vision_like.weights import engine
 _SIGLIP2 = dict(
   position="resized_bilinear", max_grid=16, bias=True, qk_norm=None
 )
+_GAP = dict(
+  position="resized_bicubic",
+  max_grid=16,
+  bias=True,
+  qk_norm=None,
+  gelu="exact",
+  registers=4,
+  pool="gap",
+  fc_norm=True,
+)
 # The keywords of navit.Model that published weights are for; what a layout
-# alone says is that they are SigLIP 2's.
-SETTINGS = dict.fromkeys(("timm", "hf"), _SIGLIP2)
+# alone says is that they are SigLIP 2's, or naflexvit_base_patch16_gap's.
+SETTINGS = {"timm": _SIGLIP2, "hf": _SIGLIP2, "timm_layer_scale": _GAP}
 PUBLISHED = {
   "google/siglip2-base-patch16-naflex": dict(variant="B/16", **_SIGLIP2),
   "google/siglip2-so400m-patch16-naflex": dict(variant="So400m/16", **_SIGLIP2),
   "naflexvit_base_patch16_siglip": dict(variant="B/16", **_SIGLIP2),
   "naflexvit_so400m_patch16_siglip": dict(variant="So400m/16", **_SIGLIP2),
+  "naflexvit_base_patch16_gap": dict(variant="B/16", **_GAP),
+  "naflexvit_base_patch16_par_gap": dict(
+    variant="B/16", keep_aspect=True, **_GAP
+  ),
+  "naflexvit_base_patch16_parfac_gap": dict(
+    variant="B/16",
+    keep_aspect=True,
+    **_GAP | dict(position="resized_factorised"),
+  ),
 }
 
 
@@ -43,8 +65,11 @@ def _timm(
   rules = [
     *engine.dense("params/embed", "embeds.proj"),
     *_timm_positions(model, size["width"]),
-    *engine.norm("params/encoder/norm", "norm"),
   ]
+  if model.fc_norm:
+    rules += engine.norm("params/fc_norm", "fc_norm")
+  else:
+    rules += engine.norm("params/encoder/norm", "norm")
   if model.pool == "tok":
     rules.append(engine.same("params/cls", "embeds.cls_token"))
   if model.registers:

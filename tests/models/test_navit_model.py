@@ -23,6 +23,7 @@ PACKED = [[0, 1, 2, 5], [4, 3]]  # Images of the first rows; the rest is empty.
 SIGLIP2 = dict(
   position="resized_bilinear", max_grid=16, bias=True, qk_norm=None
 )
+GAP = dict(SIGLIP2, registers=4, pool="gap", fc_norm=True)
 REGISTERS = dict(SIGLIP2, registers=2)  # They make rows longer.
 ALONE = [[i] for i in range(len(GRIDS))]
 
@@ -85,7 +86,12 @@ def random_params(**kw):
 def pool_in_numpy(pool, added, patches, params):
   if pool == "map":
     return vit_in_numpy.attention_pool(patches, params["pool"])
-  return patches.mean(0) if pool == "gap" else added[0]
+  if pool == "tok":
+    return added[0]
+  mean = patches.mean(0)
+  if "fc_norm" in params:
+    return vit_in_numpy.layer_norm(mean, params["fc_norm"])
+  return mean
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -169,6 +175,7 @@ def test_packed_equals_alone(backend, kw):
     ("map", {}),
     ("map", dict(bias=True, registers=3)),
     ("gap", dict(registers=1)),
+    ("gap", dict(fc_norm=True, bias=True)),
     ("tok", dict(qk_norm=None, registers=2)),
   ],
 )
@@ -226,12 +233,14 @@ def test_eight_devices_agree_with_one():
     ("L/16", 315_674_752, {}),
     ("B/16", 92_930_304, SIGLIP2),
     ("So400m/16", 427_888_064, SIGLIP2),
+    ("B/16", 85_846_272, GAP),
   ],
 )
 def test_parameter_counts(variant, total, kw):
   """Derived for these layers, apart from this code, in the paper's sizes.
 
-  Those of SigLIP 2 are timm's count of its models.
+  Those of SigLIP 2 and of timm's gap model are timm's counts; the latter has
+  LayerScale besides, 24 vectors.
   """
   model = navit.Model(variant=variant, **kw)
   values = 3 * int(variant.split("/")[1]) ** 2
@@ -250,8 +259,15 @@ def test_patches_of_another_size_are_refused():
     )
 
 
-def test_unknown_pooling_is_refused():
-  with pytest.raises(ValueError, match="pool is 'cls'; it is one of"):
+@pytest.mark.parametrize(
+  ("kw", "sentence"),
+  [
+    (dict(pool="cls"), "pool is 'cls'; it is one of"),
+    (dict(pool="tok", fc_norm=True), "fc_norm is for pool='gap'.*not 'tok'"),
+  ],
+)
+def test_unknown_pooling_is_refused(kw, sentence):
+  with pytest.raises(ValueError, match=sentence):
     jax.eval_shape(
-      lambda: tiny(pool="cls").init(jax.random.key(0), **pack([]), train=False)
+      lambda: tiny(**kw).init(jax.random.key(0), **pack([]), train=False)
     )

@@ -81,7 +81,7 @@ def block(x, p):
 def encoder(x, p):
   for i in range(sum(key.startswith("blocks_") for key in p)):
     x = block(x, p[f"blocks_{i}"])
-  return layer_norm(x, p["norm"])
+  return layer_norm(x, p["norm"]) if "norm" in p else x
 
 
 def attention_pool(tokens, p):

@@ -33,21 +33,21 @@ GRIDS = (
 # column of another height; transformers does that, timm has channels last.
 HF_RIGHT = [i for i, (h, w) in enumerate(GRIDS) if w > 1 or h == 1]
 # timm's model and settings -> ours: all kinds of position embedding, pooling
-# and registers. With fc_norm, which its gap models have, the last LayerNorm
-# comes after the mean; ours comes before it.
+# and registers, the last LayerNorm before the mean and, as its gap models have
+# it, after.
 BILINEAR = dict(position="resized_bilinear")
 BICUBIC = dict(position="resized_bicubic", gelu="exact")
 FACTORISED = dict(position="resized_factorised", gelu="exact")
 GAP = dict(registers=4, pool="gap")
+FC_NORM = dict(fc_norm=True)
+ASPECT = dict(keep_aspect=True)
 TIMM = {
   "siglip": ({}, BILINEAR),
   "map": ({}, dict(registers=1, **BICUBIC)),
-  "gap": (dict(fc_norm=False), BICUBIC | GAP),
-  "par_gap": (dict(fc_norm=False), dict(keep_aspect=True, **BICUBIC | GAP)),
-  "parfac_gap": (
-    dict(fc_norm=False),
-    dict(keep_aspect=True, **FACTORISED | GAP),
-  ),
+  "gap": ({}, BICUBIC | GAP | FC_NORM),
+  "par_gap": ({}, BICUBIC | GAP | FC_NORM | ASPECT),
+  "parfac_gap": ({}, FACTORISED | GAP | FC_NORM | ASPECT),
+  "norm_before_mean": (dict(fc_norm=False), BICUBIC | GAP),
   "token": (
     dict(class_token=True, global_pool="token", reg_tokens=2),
     dict(registers=2, pool="tok", **BILINEAR),
@@ -217,7 +217,7 @@ def test_timm(case):
   import torch
 
   their_kw, our_kw = TIMM[case]
-  name = "siglip" if case == "token" else case
+  name = {"token": "siglip", "norm_before_mean": "gap"}.get(case, case)
   theirs = timm_model(f"naflexvit_base_patch16_{name}", **their_kw)
   layout = "timm" if name == "siglip" else "timm_layer_scale"
   model, variables = our_model(
@@ -343,8 +343,9 @@ def test_published(name):
     right = HF_RIGHT
   else:
     timm = pytest.importorskip("timm")
-    theirs = timm.create_model(name, depth=1).eval()
-    run, layout = lambda: run_timm(theirs, 16)[1], "timm"
+    theirs = timm.create_model(name, depth=1, num_classes=0).eval()
+    run = lambda: run_timm(theirs, 16)[1]
+    layout = "timm_layer_scale" if name.endswith("gap") else "timm"
     right = slice(None)
   tensors = randomise(theirs)
   model, variables = our_model(tensors, layout, **settings, sizes=dict(depth=1))

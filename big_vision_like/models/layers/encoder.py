@@ -24,7 +24,7 @@ REMAT = {
 
 
 class Encoder(nn.Module):
-  """`depth` blocks and a LayerNorm.
+  """`depth` blocks and, if `norm`, a LayerNorm.
 
   Scanned, the parameters of all blocks lie stacked under "blocks" and compile
   once; unrolled, they lie under "blocks_0", "blocks_1" and so on, and XLA may
@@ -39,6 +39,7 @@ class Encoder(nn.Module):
       rows too, and for each of the two branches.
     remat: one of REMAT.
     scan: scan over the blocks.
+    norm: of the tokens, after the last block.
   """
 
   depth: int
@@ -46,6 +47,7 @@ class Encoder(nn.Module):
   stochastic_depth: float = 0.0
   remat: str = "none"
   scan: bool = True
+  norm: bool = True
 
   @nn.compact
   def __call__(
@@ -77,7 +79,7 @@ class Encoder(nn.Module):
         rate = None if rates is None else rates[i]
         name = f"{SCANNED}_{i}"
         x, _ = block(**settings, name=name)(x, rate, segment_ids, mask)
-    return self.config.layer_norm("norm")(x)
+    return self.config.layer_norm("norm")(x) if self.norm else x
 
   def rematerialised(self):
     if self.remat not in REMAT:
