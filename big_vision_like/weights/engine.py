@@ -29,6 +29,8 @@ from big_vision_like.models.layers.encoder import stack_blocks, unstack_blocks
 Tensors = dict[str, np.ndarray]
 # Where models have a number for each class.
 _HEADS = ("params/head/bias", "params/head/linear/bias")
+# The parameters in the checkpoints of big_vision's trainers, new and old.
+_NPZ_WRAPPERS = ("params/", "opt/target/")
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 
 
@@ -64,6 +66,19 @@ def reshaped(
     lambda x: (x.reshape(shape),),
     lambda x: (x.reshape(their_shape),),
   )
+
+
+def stacked(ours: Sequence[str], theirs: str) -> Rule:
+  """Equal arrays of all layers, which are the first axis of their one."""
+
+  def load(x):
+    if len(x) != len(ours):
+      raise ValueError(
+        f"{theirs} holds {len(x)} layers, and the model has {len(ours)}."
+      )
+    return tuple(x)
+
+  return Rule(tuple(ours), (theirs,), load, lambda *x: (np.stack(x),))
 
 
 def constant(theirs: str, value: np.ndarray) -> Rule:
@@ -191,8 +206,9 @@ def _from_heads(x):
 def read(path: str | Path) -> Tensors:
   """All arrays of a .safetensors, .npz, .pth, .pt or .bin file, by name.
 
-  Torch files are loaded with weights_only, so that nothing in them runs, and
-  wrappers such as {"model": ...} and {"state_dict": ...} are taken off.
+  Torch files are loaded with weights_only, so that nothing in them runs.
+  Wrappers such as {"model": ...} and {"state_dict": ...} are taken off, and of
+  .npz files the "params/" and "opt/target/" of big_vision's trainers.
 
   Raises:
     ValueError: for another kind of file, one that holds more than arrays, or
@@ -224,6 +240,10 @@ def _read_safetensors(path):
 
 def _read_npz(path):
   with np.load(path, allow_pickle=False) as file:
+    for prefix in _NPZ_WRAPPERS:
+      names = [k for k in file.files if k.startswith(prefix)]
+      if names:
+        return {k.removeprefix(prefix): file[k] for k in names}
     return {k: file[k] for k in file.files}
 
 

@@ -59,15 +59,13 @@ def _big_vision(model: flexivit.FlexiViT) -> list[engine.Rule]:
   if model.num_classes:
     layers["head"] = "head"
   rules = [
-    engine.same("params/cls", "params/cls"),
-    engine.same("params/pos_embed", "params/pos_embedding"),
+    engine.same("params/cls", "cls"),
+    engine.same("params/pos_embed", "pos_embedding"),
   ]
   for ours, theirs in layers.items():
     norm = ours.endswith(("ln1", "ln2", "norm"))
     for leaf in ("scale" if norm else "kernel", "bias"):
-      rules.append(
-        engine.same(f"params/{ours}/{leaf}", f"params/{theirs}/{leaf}")
-      )
+      rules.append(engine.same(f"params/{ours}/{leaf}", f"{theirs}/{leaf}"))
   return rules
 
 

@@ -24,6 +24,7 @@ PREPROCESS = {
   "google": _SQUASH,
   "linen": _SQUASH,
   "big_vision": _SQUASH,
+  "big_vision_scan": _SQUASH,
   "timm": dict(_INPUT, crop_pct=0.9, interpolation="bicubic"),
   "hf": _SQUASH,
   "hf_modules": _SQUASH,
@@ -44,12 +45,16 @@ _PROJECTIONS = (*_QKV, "out")
 
 @dataclasses.dataclass(frozen=True)
 class _Flax:
-  """The numbers that modules have in names, and where positions lie."""
+  """The numbers that modules have in names, and where positions lie.
+
+  With `scan` the arrays of all layers are stacked, under one name.
+  """
 
   attention: int
   ln2: int
   mlp: int
   positions: str = "Transformer/posembed_input/pos_embedding"
+  scan: bool = False
 
 
 def google(model: vit.ViT) -> list[Rule]:
@@ -67,7 +72,7 @@ def linen(model: vit.ViT) -> list[Rule]:
 
 
 def big_vision(model: vit.ViT) -> list[Rule]:
-  """big_vision's, layers not stacked.
+  """big_vision's.
 
   Its class token has no position: ours is 0 then, and what is not 0 at export
   goes into the token.
@@ -76,25 +81,43 @@ def big_vision(model: vit.ViT) -> list[Rule]:
   return _flax(model, names, group_norm=_flax_norm)
 
 
+def big_vision_scan(model: vit.ViT) -> list[Rule]:
+  """big_vision's as its models with scan=True are saved."""
+  names = _Flax(0, 1, 0, positions="pos_embedding", scan=True)
+  return _flax(model, names, group_norm=_flax_norm)
+
+
 def _flax(model, names: _Flax, group_norm):
   size = vit.row(model.variant, model.sizes)
   rules = _hybrid_of_google(size.get("stages"), group_norm)
   rules += _same_dense("embed", "embedding")
   rules += _tokens_of_google(model, names)
-  for i in range(size["depth"]):
-    ours, theirs = f"encoder/blocks_{i}", f"Transformer/encoderblock_{i}"
-    attention = f"{theirs}/MultiHeadDotProductAttention_{names.attention}"
-    rules += _flax_norm(f"{ours}/ln1", f"{theirs}/LayerNorm_0")
-    for name in _PROJECTIONS:
-      rules += _same_dense(f"{ours}/attn/{name}", f"{attention}/{name}")
-    rules += _flax_norm(f"{ours}/ln2", f"{theirs}/LayerNorm_{names.ln2}")
-    rules += _flax_mlp(f"{ours}/mlp", f"{theirs}/MlpBlock_{names.mlp}")
+  blocks = "encoder/blocks_{}", "Transformer/encoderblock"
+  if names.scan:
+    rules += [
+      engine.stacked([path.format(i) for i in range(size["depth"])], name)
+      for rule in _flax_block(*blocks, names)
+      for path, name in zip(rule.ours, rule.theirs)
+    ]
+  else:
+    for i in range(size["depth"]):
+      ours, theirs = blocks
+      rules += _flax_block(ours.format(i), f"{theirs}_{i}", names)
   rules += _flax_norm("encoder/norm", "Transformer/encoder_norm")
   if model.pool == "map":
     rules += _map_of_google()
   for name in _dense_layers(model):
     rules += _same_dense(name, name)
   return rules
+
+
+def _flax_block(ours, theirs, names):
+  attention = f"{theirs}/MultiHeadDotProductAttention_{names.attention}"
+  rules = _flax_norm(f"{ours}/ln1", f"{theirs}/LayerNorm_0")
+  for name in _PROJECTIONS:
+    rules += _same_dense(f"{ours}/attn/{name}", f"{attention}/{name}")
+  rules += _flax_norm(f"{ours}/ln2", f"{theirs}/LayerNorm_{names.ln2}")
+  return rules + _flax_mlp(f"{ours}/mlp", f"{theirs}/MlpBlock_{names.mlp}")
 
 
 def _tokens_of_google(model, names):
@@ -341,6 +364,7 @@ LAYOUTS = {
   "google": google,
   "linen": linen,
   "big_vision": big_vision,
+  "big_vision_scan": big_vision_scan,
   "timm": timm,
   "hf": hf,
   "hf_modules": hf_modules,

@@ -253,6 +253,33 @@ def test_big_vision_has_no_position_for_the_class_token():
   assert_equal(export(again, model, "big_vision"), arrays)
 
 
+@pytest.mark.parametrize("wrapper", ["", "params/", "opt/target/"])
+def test_big_vision_may_have_stacked_its_layers(wrapper, tmp_path):
+  """As its trainers save models with scan=True, with or without a wrapper."""
+  depth = 3
+  model = ours_of("Ti/16", depth)
+  shapes = shapes_of(model, (48, 48))
+  variables = random_variables(shapes)
+  variables["params"]["pos_embed"][:, 0] = 0  # They have none.
+  arrays = trees.unflatten(export(variables, model, "big_vision"))
+  layers = [arrays["Transformer"].pop(f"encoderblock_{i}") for i in range(3)]
+  arrays["Transformer"]["encoderblock"] = jax.tree.map(
+    lambda *x: np.stack(x), *layers
+  )
+  stacked = trees.flatten(arrays)
+  saved = {f"{wrapper}{k}": x for k, x in stacked.items()}
+  if wrapper:
+    saved["chrono/seconds"] = np.float32(7)
+  np.savez(tmp_path / "scanned.npz", **saved)
+  read = engine.read(tmp_path / "scanned.npz")
+  assert_equal(load(read, model, shapes, "big_vision_scan"), variables)
+  assert_equal(export(variables, model, "big_vision_scan"), stacked)
+
+  deeper = ours_of("Ti/16", depth + 1)
+  with pytest.raises(ValueError, match="holds 3 layers, and the model has 4"):
+    load(read, deeper, shapes_of(deeper, (48, 48)), "big_vision_scan")
+
+
 def test_gradients():
   """Of all parameters, with torch's mapped by the same rules."""
   import torch
