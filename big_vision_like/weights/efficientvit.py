@@ -1,13 +1,17 @@
 """Published names of EfficientViT's weights: timm's, and microsoft/Cream's.
 
 Cream's files also store which entry of the table of biases each pair of pixels
-reads, for the windows of 224 pixels.
+of a window reads.
 """
+
+import math
 
 import numpy as np
 
 from big_vision_like.models import efficientvit
+from big_vision_like.models.layers.resize import resize_cubic
 from big_vision_like.weights import engine
+from big_vision_like.weights.engine import Rule, Tensors
 
 PREPROCESS = {
   layout: dict(
@@ -89,12 +93,7 @@ def _rules(model, stems, place, downsample, *, conv, linear, stored):
         rules += conv_bn(f"{ours}/dw{i}", f"{theirs}.dw{i}.m")
         rules += ffn(f"{ours}/ffn{i}", f"{theirs}.ffn{i}.m")
       ours, theirs = f"{ours}/mixer", f"{theirs}.mixer.m.attn"
-      biases = "attention_biases"
-      rules.append(engine.same(f"params/{ours}/{biases}", f"{theirs}.{biases}"))
-      if stored:
-        side = (7, 7, 4)[s]
-        index = efficientvit.offsets(side).astype(np.int64)
-        rules.append(engine.constant(f"{theirs}.attention_bias_idxs", index))
+      rules.append(_biases(f"params/{ours}", theirs, stored=stored))
       for h in range(heads):
         rules += conv_bn(f"{ours}/qkv{h}", f"{theirs}.qkvs.{h}")
         rules += conv_bn(f"{ours}/dw{h}", f"{theirs}.dws.{h}")
@@ -106,4 +105,40 @@ def _rules(model, stems, place, downsample, *, conv, linear, stored):
   return rules
 
 
+def _biases(ours, theirs, *, stored):
+  ours, theirs = f"{ours}/attention_biases", f"{theirs}.attention_bias"
+  if not stored:
+    return engine.same(ours, f"{theirs}es")
+
+  def save(table):
+    side = math.isqrt(table.shape[1])
+    return table, efficientvit.offsets(side).astype(np.int64)
+
+  names = (f"{theirs}es", f"{theirs}_idxs")
+  return Rule((ours,), names, lambda table, _: (table,), save)
+
+
 LAYOUTS = {"timm": timm, "official": official}
+
+
+def attention_biases(
+  model: efficientvit.EfficientViT,
+  variables: Tensors,
+  shapes: dict[str, tuple[int, ...]],
+) -> Tensors:
+  """Fits the tables of biases to the windows of the model's images.
+
+  As Cream's code has it, for fine-tuning on larger images and for detection:
+  bicubically, each head's table by itself.
+  """
+  del model
+  resized = {}
+  for path, table in variables.items():
+    if path.endswith("/attention_biases") and path in shapes:
+      old, new = (math.isqrt(n) for n in (table.shape[1], shapes[path][1]))
+      grid = resize_cubic(table.T.reshape(old, old, -1), (new, new))
+      resized[path] = grid.reshape(new**2, -1).T
+  return variables | resized
+
+
+RESIZE = {"attention_biases": attention_biases}

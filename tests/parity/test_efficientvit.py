@@ -70,13 +70,14 @@ def shapes(model, size=224):
   return jax.eval_shape(init)
 
 
-def load(tensors, model, size=224, layout=None):
+def load(tensors, model, size=224, layout=None, resize=()):
   return engine.import_weights(
     tensors,
     name="efficientvit",
     model=model,
     shapes=shapes(model, size),
     layout=layout,
+    resize=resize,
   )
 
 
@@ -187,6 +188,54 @@ def test_training():
     for k, error in errors({kind: ours[kind]}, {kind: wanted}).items():
       # The engine rounds what it loads to float32.
       assert error < 1e-6, f"{k}: off by {error:.1e} of its norm"
+
+
+def resized_by_cream(tensors, wanted):
+  """What its `load_model` does before fine-tuning on another resolution."""
+  import torch
+
+  resized = {}
+  for name in [k for k in tensors if k.endswith("attention_biases")]:
+    heads, entries = tensors[name].shape
+    old, new = (int(n**0.5) for n in (entries, wanted[name].shape[1]))
+    table = torch.from_numpy(tensors[name]).view(1, heads, old, old)
+    table = torch.nn.functional.interpolate(table, (new, new), mode="bicubic")
+    resized[name] = table.view(heads, -1).numpy()
+  return tensors | resized
+
+
+# Windows of 7, 7 and 4 pixels become 7, 7, 7, as for detection, or 6, 3, 2.
+@pytest.mark.parametrize("size", [512, 96])
+def test_weights_for_images_of_another_size(size):
+  import torch
+
+  timm = pytest.importorskip("timm")
+  make = lambda **kw: timm.create_model(
+    "efficientvit_m0", num_classes=CLASSES, **kw
+  )
+  tensors = tensors_of(randomise(make()))
+  theirs = make(img_size=size).eval()
+  fitted = resized_by_cream(tensors, theirs.state_dict())
+  theirs.load_state_dict({k: torch.from_numpy(x) for k, x in fitted.items()})
+  model = efficientvit.Model("M0", CLASSES)
+  with pytest.raises(ValueError, match="attention_biases: the model has"):
+    load(tensors, model, size)
+  kw = dict(size=size, resize=("attention_biases",))
+  variables, _ = load(tensors, model, **kw)
+  image = images(size, size)
+  with torch.no_grad():
+    wanted = theirs(to_torch(image)).numpy()
+  assert_close(run(model, variables, image)["logits"], wanted)
+  # In Cream's own names, with the indices of the new windows.
+  again, _ = load(official_names(tensors), model, layout="official", **kw)
+  jax.tree.map(np.testing.assert_array_equal, again, variables)
+  exported = engine.export_weights(
+    variables, name="efficientvit", model=model, layout="official"
+  )
+  for name, x in official_names(fitted).items():
+    if "attention_bias" in name:
+      # One float32 rounding of each weight in torch.
+      np.testing.assert_allclose(exported[name], x, atol=2e-6, err_msg=name)
 
 
 def official_names(tensors):

@@ -1,4 +1,4 @@
-"""Linear resizing of what a model has learned: patch kernels and tables.
+"""Resizing of what a model has learned: patch kernels and tables.
 
 Resizing is separable and linear, so it is one small matrix for each axis. The
 matrices are NumPy constants; what they are applied to may be a NumPy array, as
@@ -31,6 +31,28 @@ def linear_matrix(
   distance = np.abs(center[:, None] - np.arange(old)) / width
   weights = np.maximum(0.0, 1.0 - distance)
   return _constant(weights / weights.sum(1, keepdims=True))
+
+
+@functools.cache
+def cubic_matrix(old: int, new: int) -> Float[np.ndarray, "{new} {old}"]:
+  """Bicubic resizing of one axis, float64: half-pixel centres, clamped edges.
+
+  Keys' kernel with a = -0.75, which never widens: torch's `interpolate` with
+  mode="bicubic".
+  """
+  center = (np.arange(new) + 0.5) * old / new - 0.5
+  matrix = np.zeros((new, old))
+  for tap in (-1, 0, 1, 2):
+    at = np.floor(center).astype(int) + tap
+    weight = _keys(np.abs(center - at))
+    np.add.at(matrix, (np.arange(new), np.clip(at, 0, old - 1)), weight)
+  return _constant(matrix)
+
+
+def _keys(x, a=-0.75):
+  near = ((a + 2) * x - (a + 3)) * x**2 + 1
+  far = a * (((x - 5) * x + 8) * x - 4)
+  return np.where(x < 1, near, far)
 
 
 @functools.cache
@@ -81,6 +103,19 @@ def resize_table(
     size,
     linear_matrix(rows, size[0], antialias=antialias),
     linear_matrix(columns, size[1], antialias=antialias),
+  )
+
+
+def resize_cubic(
+  table: Float[Array | np.ndarray, "g h ..."], size: tuple[int, int]
+) -> Float[Array | np.ndarray, "{size[0]} {size[1]} ..."]:
+  """A table over a grid on another grid, see `cubic_matrix`.
+
+  dtypes are those of `pi_resize`.
+  """
+  rows, columns = table.shape[:2]
+  return _resized(
+    table, size, cubic_matrix(rows, size[0]), cubic_matrix(columns, size[1])
   )
 
 
