@@ -45,6 +45,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 # Parameters of scanned layers live under this key, stacked on axis 0.
 SCANNED = "blocks"
+# The collection of running statistics, which are averaged like parameters.
+STATISTICS = "batch_stats"
 
 
 @flax.struct.dataclass
@@ -53,7 +55,8 @@ class TrainState:
 
   `rng` is constant: the key of a step is `fold_in(rng, step)`. `model_state`
   holds the other flax collections (batch_stats), {} if there are none. `ema`
-  has the structure of `params`, or is None.
+  averages what evaluation takes from it, {"params": ...} and, where the model
+  has running statistics, "batch_stats"; or is None.
   """
 
   step: Array

@@ -1,8 +1,9 @@
 """Checkpoints: written in the background, restored onto any devices.
 
   <run>/checkpoints/<step>/params/       a tree of arrays
-                          /ema/          likewise, where the run keeps one
                           /model_state/  likewise, where the model has any
+                          /ema/          averages of both, where the run keeps
+                                         them
                           /train/        step, rng, opt_state
                           /meta/metadata JSON: what the loop gave, the scores
 
@@ -237,7 +238,8 @@ def load_variables(
   Args:
     path: a run folder, its folder of checkpoints, or one checkpoint.
     step: a step, "latest" or "best"; for a path of many checkpoints.
-    ema: take the moving average of the parameters, where the run kept one.
+    ema: take the moving average, of the parameters and of the running
+      statistics, where the run kept one.
 
   Returns:
     What `model.apply` takes: "params" and the other collections.
@@ -249,18 +251,20 @@ def load_variables(
   with _manager(folder, create=False) as manager:
     step = only if only is not None else _choose_step(manager, step, folder)
     stored = manager.item_metadata(step)
-    params = "ema" if ema and stored.get("ema") is not None else "params"
+    averages = ema and stored.get("ema") is not None
+    names = ("model_state", "ema" if averages else "params")
     items = {
       k: ocp.args.PyTreeRestore(
         restore_args=jax.tree.map(
           lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _tree(stored[k])
         )
       )
-      for k in (params, "model_state")
+      for k in names
       if stored.get(k) is not None
     }
     loaded = manager.restore(step, args=ocp.args.Composite(**items))
-  return {"params": loaded[params], **(loaded.get("model_state") or {})}
+  own = loaded["ema"] if averages else {"params": loaded["params"]}
+  return {**(loaded.get("model_state") or {}), **own}
 
 
 def load_params(

@@ -157,18 +157,19 @@ def state_shardings(
 ) -> api.TrainState:
   """A train state of shardings, from a state or its shapes.
 
-  `ema` and what the optimizer keeps for a parameter follow the parameter;
-  step, key, counts and `model_state` are replicated.
+  The average of a parameter and what the optimizer keeps for it follow the
+  parameter; step, key, counts and `model_state` are replicated.
   """
   params = tree_shardings(state.params, mesh, rules)
   everywhere = replicated(mesh)
+  ema = jax.tree.map(lambda _: everywhere, state.ema)
   return api.TrainState(
     step=everywhere,
     params=params,
     model_state=jax.tree.map(lambda _: everywhere, state.model_state),
     opt_state=_follow(state.opt_state, state.params, params),
     rng=everywhere,
-    ema=None if state.ema is None else params,
+    ema=None if ema is None else ema | {"params": params},
   )
 
 

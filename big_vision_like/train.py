@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -201,8 +200,9 @@ class _Run:
     print(f"Parameters from {config.init_from}:\n{report}")
     params = {k: whole[k] for k in state.params}
     model_state = {**state.model_state, **{k: whole[k] for k in own}}
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-    return state.replace(params=params, model_state=model_state, ema=ema)
+    return train_step.restart_average(
+      state.replace(params=params, model_state=model_state)
+    )
 
   def _fill(
     self, state: api.TrainState, collection: str, path: str
@@ -218,7 +218,7 @@ class _Run:
     )
     print(f"{collection.capitalize()} from {path}:\n{report}")
     model_state = {**state.model_state, collection: filled}
-    return state.replace(model_state=model_state)
+    return train_step.restart_average(state.replace(model_state=model_state))
 
   def _jit_step(self):
     parts, config = self.parts, self.config

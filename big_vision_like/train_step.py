@@ -4,7 +4,7 @@ Pure functions over `TrainState`; they know `api.py` and nothing more. The loop
 jits them once with pinned shardings.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -35,8 +35,29 @@ def init_state(
     model_state=model_state,
     opt_state=tx.init(params),
     rng=rng,
-    ema=jax.tree.map(jnp.copy, params) if ema else None,
+    ema=jax.tree.map(jnp.copy, averaged(params, model_state)) if ema else None,
   )
+
+
+def averaged(
+  params: api.PyTree, model_state: Mapping[str, api.PyTree]
+) -> dict[str, api.PyTree]:
+  """What a moving average is of: parameters and running statistics.
+
+  Both, as timm's ModelEma and Apple's ml-cvnets have it: the statistics of the
+  parameters of the last steps are not those of their average. Constants, such
+  as a teacher in `model_state`, are left out.
+  """
+  statistics = {k: x for k, x in model_state.items() if k == api.STATISTICS}
+  return {"params": params, **statistics}
+
+
+def restart_average(state: api.TrainState) -> api.TrainState:
+  """The state whose average, if it keeps one, begins where it stands."""
+  if state.ema is None:
+    return state
+  now = averaged(state.params, state.model_state)
+  return state.replace(ema=jax.tree.map(jnp.copy, now))
 
 
 def init_variables(
@@ -109,7 +130,12 @@ def make_train_step(
     metrics = metrics | _norms(grads, updates, params)
     ema = state.ema
     if ema is not None:
-      ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+      # In this form, what does not change stays as it is, bit by bit.
+      ema = jax.tree.map(
+        lambda old, new: old + (1.0 - ema_decay) * (new - old),
+        ema,
+        averaged(params, model_state),
+      )
     return state.replace(
       step=state.step + 1,
       params=params,
@@ -174,9 +200,9 @@ def make_predict(
 
   def predict(state, batch, static=()):
     inputs, targets = task.prepare(batch, None)
-    params = state.params if state.ema is None else state.ema
+    variables = {"params": state.params, **state.model_state}
     outputs = model.apply(
-      {"params": params, **state.model_state},
+      variables | (state.ema or {}),
       train=False,
       **inputs,
       **dict(static),

@@ -22,8 +22,8 @@ def base() -> ConfigDict:
   c.batch_size = ml_collections.config_dict.placeholder(int)
   # Micro-batches that one step is cut into; the update stays the same.
   c.accum_steps = 1
-  # Decay of the moving average of the parameters; 0 keeps none. Evaluation
-  # uses the average where there is one.
+  # Decay of the moving average of parameters and running statistics; 0 keeps
+  # none. Evaluation uses the average where there is one.
   c.ema_decay = 0.0
 
   # name = file in models/, and what its `Model` takes.

@@ -11,8 +11,7 @@ the weights (section 4.1, figure 6; XXS from Table 2 of arXiv 2206.02680).
 Measured for the local size: in 400 steps the loss falls from 2.4 to 1.3; the
 accuracy on 1,000 held-out scenes is 0.64 (0.10 by chance). 140 s of CPU time.
 Each step of the paper's run has a size of its own, from 160 to 320 px (section
-3.2). Not the paper's: it averages BatchNorm's statistics as well as the
-weights; we keep the last.
+3.2).
 """
 
 from big_vision_like.data import multi_scale, sources

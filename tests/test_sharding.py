@@ -56,7 +56,9 @@ def make_state(tx, params, *, ema=False):
     model_state={"batch_stats": {"mean": jnp.zeros(7)}},
     opt_state=tx.init(params),
     rng=jax.random.key(0),
-    ema=params if ema else None,
+    ema={"params": params, "batch_stats": {"mean": jnp.ones(7)}}
+    if ema
+    else None,
   )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from big_vision_like import audit, train_step
+from big_vision_like import api, audit, train_step
 from big_vision_like.tasks import classification
 
 
@@ -94,21 +94,78 @@ def test_state_counts_steps_and_keeps_its_key():
   )
 
 
+class Normalised(nn.Module):
+  """Logits with running statistics, and a constant that is no statistic."""
+
+  @nn.compact
+  def __call__(self, image, *, train):
+    x = image.mean((1, 2))
+    self.variable("teacher", "scale", lambda: jnp.full(3, 0.1))
+    x = nn.Dense(7, name="hidden")(x)
+    x = nn.BatchNorm(not train, momentum=0.5, name="bn")(x)
+    return {"logits": nn.Dense(5, name="head")(x), "pooled": x}
+
+
 def test_ema_follows_its_recursion_and_serves_prediction():
-  batch = packed_batch(rows=2)
-  task, tx, model = classification.Task(num_classes=5), optax.sgd(0.5), Packed()
+  """Of parameters and running statistics, which prediction takes from it."""
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.integers(0, 256, (11, 2, 3, 3)).astype(np.uint8),
+    "label": rng.integers(0, 5, 11),
+    "_mask": np.ones(11, bool),
+  }
+  model, task = Normalised(), classification.Task(num_classes=5)
+  tx = optax.sgd(0.5)
   state = train_step.init_state(
     model, task, tx, jax.random.key(0), batch, ema=True
   )
+  assert set(state.ema) == {"params", "batch_stats"}
   step = train_step.make_train_step(model, task, tx, ema_decay=0.75)
-  after, _ = step(state, batch)
-  expected = jax.tree.map(
-    lambda old, new: 0.75 * old + 0.25 * new, state.params, after.params
+  after, _ = jax.jit(step)(state, batch)
+  for before, now, average in (
+    (state.params, after.params, after.ema["params"]),
+    (
+      state.model_state["batch_stats"],
+      after.model_state["batch_stats"],
+      after.ema["batch_stats"],
+    ),
+  ):
+    expected = jax.tree.map(lambda x, y: 0.75 * x + 0.25 * y, before, now)
+    chex.assert_trees_all_close(average, expected, rtol=1e-6)
+  predict = jax.jit(train_step.make_predict(model, task))
+  alone = after.replace(
+    params=after.ema["params"],
+    model_state=after.model_state | {"batch_stats": after.ema["batch_stats"]},
+    ema=None,
   )
-  chex.assert_trees_all_close(after.ema, expected, rtol=1e-6)
-  predict = train_step.make_predict(model, task)
+  chex.assert_trees_all_equal(predict(after, batch), predict(alone, batch))
+  raw = predict(after.replace(ema=None), batch)
+  assert not np.allclose(predict(after, batch)["logits"], raw["logits"])
+
+  # What training leaves alone, the average leaves alone, bit by bit.
+  still = jax.jit(
+    train_step.make_train_step(
+      model, task, optax.set_to_zero(), ema_decay=0.9995
+    )
+  )
+  for _ in range(3):
+    state, _ = still(state, batch)
+  chex.assert_trees_all_equal(state.ema["params"], state.params)
+
+
+def test_the_average_restarts_where_the_state_stands():
+  state = api.TrainState(
+    step=jnp.int32(0),
+    params={"w": jnp.ones(3)},
+    model_state={"batch_stats": {"mean": jnp.ones(5)}, "teacher": jnp.ones(7)},
+    opt_state=(),
+    rng=jax.random.key(0),
+  )
+  assert train_step.restart_average(state).ema is None
+  state = state.replace(ema={"params": {"w": jnp.zeros(3)}})
   chex.assert_trees_all_equal(
-    predict(after, batch), predict(after.replace(params=after.ema), batch)
+    train_step.restart_average(state).ema,
+    {"params": {"w": jnp.ones(3)}, "batch_stats": {"mean": jnp.ones(5)}},
   )
 
 

@@ -92,7 +92,7 @@ def make_run(folder, model, pack):
         model_state={},
         opt_state=(),
         rng=jax.random.key(step),
-        ema=averages[step],
+        ema={"params": averages[step]},
       )
       checkpointer.save(step, state, {}, {"val/score": 1 / step})
   return made, averages
