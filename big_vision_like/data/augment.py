@@ -17,6 +17,7 @@ from big_vision_like.api import Example
 
 Interpolation = Literal["bilinear", "bicubic"]
 Magnitude = Annotated[float, "0 to 10"]
+Bin = Annotated[int, "0 to 30"]
 Rgb = tuple[float, float, float]
 
 RESAMPLING = {
@@ -25,6 +26,8 @@ RESAMPLING = {
 }
 # Magnitudes run from 0 to here.
 _TOP = 10.0
+# torchvision's are the numbers of so many bins.
+_BINS = 31
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -164,15 +167,8 @@ def rand_augment(
   Raises:
     ValueError: for an example with boxes or masks, which would stay behind.
   """
-  image = pixels(example)
-  left = {"objects", "instance_mask", "semantic_mask"} & example.keys()
-  if left:
-    raise ValueError(
-      "rand_augment moves pixels and would leave behind "
-      f"{sorted(left)}; it is for whole images."
-    )
+  picture = _whole_picture(example)
   canvas = Canvas(tuple(map(int, fill)), RESAMPLING[interpolation])
-  picture = Image.fromarray(image)
   for index in rng.integers(len(OPERATIONS), size=num_ops):
     name = OPERATIONS[index]
     if rng.random() > p:
@@ -181,6 +177,100 @@ def rand_augment(
     level = min(max(drawn, 0.0), _TOP)
     value = argument(name, level, rng, increasing=increasing)
     picture = _APPLY[name](picture, value, canvas)
+  return {**example, "image": np.asarray(picture)}
+
+
+def _whole_picture(example: Example) -> Image.Image:
+  image = pixels(example)
+  left = {"objects", "instance_mask", "semantic_mask"} & example.keys()
+  if left:
+    raise ValueError(
+      "RandAugment moves pixels and would leave behind "
+      f"{sorted(left)}; it is for whole images."
+    )
+  return Image.fromarray(image)
+
+
+# torchvision's set: it moves by whole pixels, and may do nothing.
+_APPLY_TORCHVISION = {
+  "identity": lambda image, _, c: image,
+  "shear_x": _APPLY["shear_x"],
+  "shear_y": _APPLY["shear_y"],
+  "translate_x": lambda image, v, c: c.affine(image, (1, 0, -v, 0, 1, 0)),
+  "translate_y": lambda image, v, c: c.affine(image, (1, 0, 0, 0, 1, -v)),
+  "rotate": _APPLY["rotate"],
+  "brightness": _APPLY["brightness"],
+  "color": _APPLY["color"],
+  "contrast": _APPLY["contrast"],
+  "sharpness": _APPLY["sharpness"],
+  "posterize": _APPLY["posterize"],
+  "solarize": _APPLY["solarize"],
+  "auto_contrast": _APPLY["auto_contrast"],
+  "equalize": _APPLY["equalize"],
+}
+OPERATIONS_TORCHVISION = tuple(_APPLY_TORCHVISION)
+
+
+def argument_torchvision(
+  name: str, magnitude: int, rng: np.random.Generator, *, h: int, w: int
+) -> float:
+  """What a magnitude from 0 to 30 means to an operation of torchvision's."""
+
+  def signed(top: float) -> float:
+    value = _bin(0.0, top, magnitude)
+    return -value if rng.integers(2) else value
+
+  if name in ("shear_x", "shear_y"):
+    return signed(0.3)
+  if name in ("translate_x", "translate_y"):
+    side = w if name == "translate_x" else h
+    return int(signed(150.0 / 331.0 * side))
+  if name == "rotate":
+    return signed(30.0)
+  if name in _ENHANCE:
+    return 1.0 + signed(0.9)
+  if name == "posterize":
+    return 8 - round(magnitude / ((_BINS - 1) / 4))
+  if name == "solarize":
+    return _bin(255.0, 0.0, magnitude)
+  return 0.0
+
+
+def _bin(start: float, end: float, index: int) -> float:
+  """torch.linspace(start, end, _BINS)[index], to the bit.
+
+  Its step is a float32; it counts from the nearer end and rounds the sum once.
+  """
+  start, end = np.float32(start), np.float32(end)
+  step = float((end - start) / np.float32(_BINS - 1))
+  if index < _BINS // 2:
+    return float(np.float32(float(start) + step * index))
+  return float(np.float32(float(end) - step * (_BINS - 1 - index)))
+
+
+def rand_augment_torchvision(
+  example: Example,
+  rng: np.random.Generator,
+  num_ops: int = 2,
+  magnitude: Bin = 9,
+  fill: Rgb = (0, 0, 0),
+  interpolation: Interpolation = "bilinear",
+) -> Example:
+  """torchvision's RandAugment: other operations than timm's, always applied.
+
+  They are drawn with replacement; its magnitudes are the numbers of 31 bins.
+  Bilinear is what torchvision's recipes and Apple's ml-cvnets take.
+
+  Raises:
+    ValueError: for an example with boxes or masks, which would stay behind.
+  """
+  picture = _whole_picture(example)
+  canvas = Canvas(tuple(map(int, fill)), RESAMPLING[interpolation])
+  w, h = picture.size
+  for _ in range(num_ops):
+    name = OPERATIONS_TORCHVISION[rng.integers(len(OPERATIONS_TORCHVISION))]
+    value = argument_torchvision(name, magnitude, rng, h=h, w=w)
+    picture = _APPLY_TORCHVISION[name](picture, value, canvas)
   return {**example, "image": np.asarray(picture)}
 
 
@@ -260,6 +350,7 @@ def erased_box(
 
 OPS: dict[str, Callable[..., Example]] = {
   "rand_augment": rand_augment,
+  "rand_augment_torchvision": rand_augment_torchvision,
   "color_jitter": color_jitter,
   "random_erasing": random_erasing,
 }

@@ -31,6 +31,7 @@ from big_vision_like.api import Example
 from big_vision_like.data import augment
 from big_vision_like.data.augment import (
   RESAMPLING,
+  Bin,
   Interpolation,
   Magnitude,
   Rgb,
@@ -416,6 +417,10 @@ _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
   Magnitude: (
     lambda v: type(v) in (int, float) and 0 <= v <= 10,
     "a number from 0 to 10",
+  ),
+  Bin: (
+    lambda v: type(v) is int and 0 <= v <= 30,
+    "a whole number from 0 to 30",
   ),
   Range: (_is_range, "two numbers (low, high) with 0 < low <= high"),
   Size: (_is_size, "a positive whole number, or two of them (height, width)"),

@@ -189,9 +189,94 @@ def test_rand_augment_draws_as_its_settings_say():
   assert abs(np.std(magnitudes) - 2) < 4 * 2 / np.sqrt(2 * n)
 
 
-def test_rand_augment_refuses_boxes():
+@pytest.mark.parametrize("op", ["rand_augment", "rand_augment_torchvision"])
+def test_rand_augment_refuses_boxes(op):
   with pytest.raises(ValueError, match=r"leave behind \['objects'\]"):
-    run("rand_augment", photograph(), objects={"boxes": np.zeros((1, 4))})
+    run(op, photograph(), objects={"boxes": np.zeros((1, 4))})
+
+
+# torchvision's names of our operations, in the order of its table.
+TORCHVISION = {
+  "identity": "Identity",
+  "shear_x": "ShearX",
+  "shear_y": "ShearY",
+  "translate_x": "TranslateX",
+  "translate_y": "TranslateY",
+  "rotate": "Rotate",
+  "brightness": "Brightness",
+  "color": "Color",
+  "contrast": "Contrast",
+  "sharpness": "Sharpness",
+  "posterize": "Posterize",
+  "solarize": "Solarize",
+  "auto_contrast": "AutoContrast",
+  "equalize": "Equalize",
+}
+
+
+def of_torchvision(num_ops, magnitude, interpolation="bilinear", fill=None):
+  from torchvision import transforms
+
+  mode = transforms.InterpolationMode(interpolation)
+  return transforms.RandAugment(
+    num_ops, magnitude, interpolation=mode, fill=fill
+  )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_each_operation_is_torchvisions_bitwise(name):
+  """Its argument at every magnitude, and the image that it makes."""
+  from torchvision.transforms import autoaugment
+
+  theirs = of_torchvision(2, 9)
+  assert list(augment.OPERATIONS_TORCHVISION) == list(TORCHVISION)
+  for h, w in ((47, 61), (331, 662)):
+    space = theirs._augmentation_space(31, (h, w))
+    assert list(space) == list(TORCHVISION.values())
+    values, signed = space[TORCHVISION[name]]
+    image = photograph(h, w)
+    for magnitude in range(31) if h < 331 else (1, 10, 30):
+      value = float(values[magnitude]) if values.ndim else 0.0
+      for sign in (1, -1) if signed else (1,):
+        draw = type("draw", (), {"integers": lambda _, n, s=sign: s < 0})()
+        ours = augment.argument_torchvision(name, magnitude, draw, h=h, w=w)
+        canvas = augment.Canvas((0, 0, 0), Image.Resampling.BILINEAR)
+        picture = Image.fromarray(image)
+        got = augment._APPLY_TORCHVISION[name](picture, ours, canvas)
+        expected = autoaugment._apply_op(
+          picture, TORCHVISION[name], sign * value, theirs.interpolation, None
+        )
+        np.testing.assert_array_equal(
+          np.asarray(got), np.asarray(expected), err_msg=f"{magnitude} {sign}"
+        )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+  ("settings", "fill"),
+  [((2, 9), None), ((3, 30, (9, 80, 200), "bicubic"), [9, 80, 200])],
+)
+def test_rand_augment_is_torchvisions_bitwise(monkeypatch, settings, fill):
+  """Whole chains: the same draws in the same order give the same bytes."""
+  import torch
+
+  theirs = of_torchvision(*settings[:2], *settings[3:], fill=fill)
+  changed = 0
+  for seed in range(40):
+    image = photograph(seed=seed)
+    recorder = Recorder(seed)
+    ours = augment.rand_augment_torchvision(
+      {"id": 0, "image": image}, recorder, *settings
+    )["image"]
+    with monkeypatch.context() as patched:
+      take = lambda high, size, r=recorder: torch.tensor([r.take("integers")])
+      patched.setattr(torch, "randint", take)
+      expected = np.asarray(theirs(Image.fromarray(image)))
+    assert not recorder.drawn
+    np.testing.assert_array_equal(ours, expected)
+    changed += not np.array_equal(ours, image)
+  assert changed > 20
 
 
 @pytest.mark.parity
@@ -282,7 +367,13 @@ def test_random_erasing_happens_with_its_probability():
 
 
 @pytest.mark.parametrize(
-  "spec", ["rand_augment", "color_jitter", "random_erasing(1.0)"]
+  "spec",
+  [
+    "rand_augment",
+    "rand_augment_torchvision",
+    "color_jitter",
+    "random_erasing(1.0)",
+  ],
 )
 def test_the_seed_alone_decides_and_the_example_stays(spec):
   image = photograph()
@@ -306,6 +397,10 @@ def test_the_seed_alone_decides_and_the_example_stays(spec):
   [
     ("rand_augment(0)", "num_ops is a positive whole number"),
     ("rand_augment(magnitude=11)", "magnitude is a number from 0 to 10"),
+    (
+      "rand_augment_torchvision(2, 31)",
+      "magnitude is a whole number from 0 to 30",
+    ),
     ("rand_augment(increasing=1)", "increasing is True or False"),
     ("rand_augment(fill=(1, 2))", "fill is three numbers"),
     ("rand_augment(interpolation='area')", "one of bilinear, bicubic"),
