@@ -179,6 +179,26 @@ def test_timm_and_google(variant, name, depth, size, tmp_path):
   assert_equal(tensors(other), tensors(theirs))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("variant", "name", "size"),
+  [(v, n, size) for v, n, _, size in PLAIN + HYBRIDS if v in vit.PUBLISHED],
+)
+def test_all_layers_of_the_published_models(variant, name, size):
+  """H/14 needs 10 GB of memory."""
+  import torch
+
+  depth = vit.row(variant)["depth"]
+  theirs = randomise(of_timm(name, depth, size))
+  model = ours_of(variant, depth)
+  arrays = {k: p.detach().numpy() for k, p in theirs.state_dict().items()}
+  variables = load(arrays, model, shapes_of(model, size), "timm")
+  image = images(size)
+  with torch.no_grad():
+    want = theirs(to_torch(image)).numpy()
+  assert_close(apply(model, variables, jnp.asarray(image)), want, 1e-4)
+
+
 def test_transformers():
   import torch
 
@@ -280,13 +300,19 @@ def test_big_vision_may_have_stacked_its_layers(wrapper, tmp_path):
     load(read, deeper, shapes_of(deeper, (48, 48)), "big_vision_scan")
 
 
-def test_gradients():
+@pytest.mark.parametrize(
+  ("variant", "name", "size"),
+  [
+    ("Ti/16", "tiny_patch16_224", (32, 48)),
+    ("R26+S/32", "small_r26_s32_224", (61, 97)),
+  ],
+)
+def test_gradients(variant, name, size):
   """Of all parameters, with torch's mapped by the same rules."""
   import torch
 
-  size = (32, 48)
-  theirs = randomise(of_timm("tiny_patch16_224", 2, size)).train()
-  model = ours_of("Ti/16", 2)
+  theirs = randomise(of_timm(name, 2, size)).train()
+  model = ours_of(variant, 2)
   shapes = shapes_of(model, size)
   variables = load(tensors(theirs), model, shapes, "timm")
   image = images(size)
@@ -310,7 +336,8 @@ def test_gradients():
     # The softmax takes no notice of a key's bias: its gradient is rounding.
     scale = 1.0 if path.endswith("key/bias") else np.linalg.norm(want)
     error = np.linalg.norm(got[path] - want) / scale
-    assert error < 2e-5, f"{path}: {error:.1e}"
+    # Standardisation and GroupNorm of 8 blocks add theirs to the rounding.
+    assert error < (1e-4 if "+" in variant else 2e-5), f"{path}: {error:.1e}"
 
 
 def test_tables_are_resized_as_torch_does():
