@@ -1,5 +1,6 @@
 """Starting from weights that exist: of another run, or published ones."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ def load(
 def download(source: str) -> Path:
   """The file of weights of a "hf://org/name", from the hub or its cache.
 
+  Beside it lies the repository's config.json, if there is one.
+
   Raises:
     ValueError: if huggingface_hub is not installed, nothing can be reached, or
       the repository has no such file.
@@ -74,7 +77,10 @@ def download(source: str) -> Path:
   problems = []
   for file in _HUB_FILES:
     try:
-      return Path(huggingface_hub.hf_hub_download(repository, file))
+      path = Path(huggingface_hub.hf_hub_download(repository, file))
+      with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
+        huggingface_hub.hf_hub_download(repository, "config.json")
+      return path
     except Exception as e:  # Of many kinds, by version and cause.
       problems.append(f"{file}: {str(e).strip().splitlines()[0]}")
   raise ValueError(

@@ -49,8 +49,8 @@ def base() -> ConfigDict:
   # Before packing or stacking, in training and in evaluation.
   c.data.ops = "decode"
   c.data.eval_ops = "decode"
-  # Packed rows: length, patch, max_images, and optionally mode="stream" with
-  # open_rows. None stacks images of one size.
+  # Packed rows: length, patch, max_images, what else PackSpec takes, and
+  # optionally mode="stream" with open_rows. None stacks images of one size.
   c.data.pack = None
   # Law of resolutions and law of token dropping, for packed training.
   c.data.sizes = None

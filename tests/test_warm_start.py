@@ -105,6 +105,29 @@ def test_without_the_hub_it_says_what_to_do(monkeypatch):
     warm_start.download("hf://google/vit-base-patch16-224")
 
 
+def test_the_config_comes_along_where_there_is_one(monkeypatch, tmp_path):
+  class EntryNotFoundError(Exception):
+    pass
+
+  asked, there = [], {"model.safetensors"}
+
+  def fetch(repository, file):
+    asked.append(file)
+    if file not in there:
+      raise EntryNotFoundError(file)
+    return str(tmp_path / repository / file)
+
+  errors = types.SimpleNamespace(EntryNotFoundError=EntryNotFoundError)
+  hub = types.SimpleNamespace(hf_hub_download=fetch, errors=errors)
+  monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+  for file in ("model.safetensors", "config.json"):
+    there.add(file)
+    path = warm_start.download("hf://google/vit")
+    assert path == tmp_path / "google" / "vit" / "model.safetensors"
+    assert asked == ["model.safetensors", "config.json"]
+    asked.clear()
+
+
 def test_offline_it_says_so(monkeypatch):
   def refuse(repository, file):
     raise OSError(f"cannot reach the hub for {repository}/{file}")

@@ -224,7 +224,13 @@ def _data(model: nn.Module, prepared: Mapping[str, Any]) -> dict[str, Any]:
   """How the published model's images are prepared, as our ops."""
   if is_packed(model):
     tokens = (prepared["size"] // _patch(model)) ** 2
-    pack = dict(length=4 * tokens, patch=_patch(model), max_images=16)
+    pack = dict(
+      length=4 * tokens,
+      patch=_patch(model),
+      max_images=16,
+      interpolation=prepared["interpolation"],
+      eval_tokens=tokens,
+    )
     return dict(eval_ops="decode", pack=pack)
   size, crop_pct = prepared["size"], prepared["crop_pct"]
   if crop_pct is None:
@@ -239,27 +245,34 @@ def label_names(
 ) -> tuple[str, ...]:
   """Names of the classes: of a file, or of the config.json beside the weights.
 
+  transformers' configs have them as "id2label", timm's as "label_names"; where
+  there are none, classes are called by their numbers.
+
   Raises:
     ValueError: if there are not as many names as classes.
   """
-  beside = weights.parent / "config.json"
-  if path is None and not beside.is_file():
-    return tuple(f"class {i}" for i in range(classes))
-  file = beside if path is None else Path(path)
-  text = file.read_text()
-  if file.suffix == ".json":
-    stored = json.loads(text)
-    if isinstance(stored, dict):
-      stored = stored.get("id2label", stored)
-      stored = [stored[k] for k in sorted(stored, key=int)]
-    names = tuple(map(str, stored))
+  file = weights.parent / "config.json" if path is None else Path(path)
+  if path is not None and file.suffix != ".json":
+    names = tuple(file.read_text().splitlines())
   else:
-    names = tuple(text.splitlines())
+    names = _names_in_json(file) if path or file.is_file() else ()
+  if not names and path is None:
+    return tuple(f"class {i}" for i in range(classes))
   if len(names) != classes:
     raise ValueError(
       f"{file} names {len(names)} classes, and the weights have {classes}."
     )
   return names
+
+
+def _names_in_json(file: Path) -> tuple[str, ...]:
+  stored = json.loads(file.read_text())
+  if isinstance(stored, dict):
+    stored = stored.get("id2label") or stored.get("label_names") or stored
+  if isinstance(stored, dict):  # By number, among what else a config says.
+    numbers = sorted((k for k in stored if k.isdecimal()), key=int)
+    stored = [stored[k] for k in numbers]
+  return tuple(map(str, stored))
 
 
 def write_run(

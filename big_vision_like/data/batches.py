@@ -250,7 +250,12 @@ def fit(
 ) -> tuple[UInt8[np.ndarray, "h2 w2 3"], Int[np.ndarray, " n"] | None]:
   """The image at the size of its slot, and which of its tokens to keep."""
   rows, columns = slot.grid(*image.shape[:2], spec=spec)
-  image = ops_lib.resize(image, rows * spec.patch, columns * spec.patch)
+  image = ops_lib.resize(
+    image,
+    rows * spec.patch,
+    columns * spec.patch,
+    interpolation=spec.interpolation,
+  )
   if not slot.drop:
     return image, None
   return image, packing.choose_kept(rows * columns, slot.kept, rng)

@@ -7,10 +7,12 @@ Which images share a row is decided in `planning.py`, which hands out `Slot`s;
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Int, UInt8
+
+from big_vision_like.data.augment import Interpolation
 
 Batch = dict[str, np.ndarray]
 
@@ -25,14 +27,24 @@ class PackSpec:
     max_images: M, image slots in a row.
     max_side: the most patches along one side of an image, for models whose
       position tables end there; None is no limit.
+    interpolation: how images are resized to their grid.
+    eval_tokens: patches that an image is resized to in evaluation, where
+      nothing else is asked for; None keeps the native size.
   """
 
   length: int
   patch: int
   max_images: int
   max_side: int | None = None
+  interpolation: Interpolation = "bilinear"
+  eval_tokens: int | None = None
 
   def __post_init__(self) -> None:
+    if self.interpolation not in get_args(Interpolation):
+      raise ValueError(
+        f"data.pack.interpolation is {self.interpolation!r}; it is one of "
+        f"{', '.join(get_args(Interpolation))}."
+      )
     if not 1 <= self.max_images <= self.length or self.patch < 1:
       raise ValueError(
         "data.pack needs 1 <= max_images <= length and patch >= 1, not "

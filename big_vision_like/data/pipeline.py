@@ -151,8 +151,8 @@ def eval_data(
     ops: operations on the host, as `ops.parse` reads them.
     pack: the shape of packed rows; None stacks the images.
     tokens: the budget of a packed image, which is resized, up or down, to the
-      grid nearest to it and not above; None keeps the native size. Either way
-      no image exceeds a row.
+      grid nearest to it and not above; None: that of `pack`, or the native
+      size. No image exceeds a row.
     batch_size: B, rows or images in the global batch.
     limit: take only so many examples, spread evenly over the source.
     num_classes: the class count that labels are checked against.
@@ -185,7 +185,10 @@ def eval_data(
       steps=-(-n // batch_size),
     )
   plan = planning.ExactRows(
-    pack, indices=indices, hw=functools.partial(_hw, source), tokens=tokens
+    pack,
+    indices=indices,
+    hw=functools.partial(_hw, source),
+    tokens=pack.eval_tokens if tokens is None else tokens,
   )
   return PackedBatches(
     source,

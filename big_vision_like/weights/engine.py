@@ -3,23 +3,26 @@
 `weights/<model>.py` says what a model's parameters are called elsewhere:
 
   LAYOUTS: name of a layout -> function of the model -> list of Rule
+  OTHER_PARTS: name of a layout -> regex of what its files may hold besides, of
+    another model, such as a text tower
 
 A rule ties some of our arrays to some of theirs, by an invertible change of
 shape. Ours are named by their path behind the collection, and as if no layers
 were scanned: "params/encoder/blocks_0/mlp/fc1/kernel". Everything is matched
-strictly: no array may be left over on either side.
+strictly: no other array may be left over on either side.
 """
 
 import dataclasses
 import difflib
 import importlib
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import ml_dtypes
 import numpy as np
 
 from big_vision_like import resolve, trees
@@ -243,8 +246,13 @@ def _read_npz(path):
     for prefix in _NPZ_WRAPPERS:
       names = [k for k in file.files if k.startswith(prefix)]
       if names:
-        return {k.removeprefix(prefix): file[k] for k in names}
-    return {k: file[k] for k in file.files}
+        return {k.removeprefix(prefix): _recovered(file[k]) for k in names}
+    return {k: _recovered(file[k]) for k in file.files}
+
+
+def _recovered(x):
+  """.npz files forget what the two bytes of a bfloat16 were."""
+  return x.view(ml_dtypes.bfloat16) if x.dtype == np.dtype("V2") else x
 
 
 def _read_torch(path):
@@ -266,7 +274,6 @@ def _read_torch(path):
 
 
 def _to_numpy(tensor):
-  import ml_dtypes
   import torch
 
   tensor = tensor.detach().contiguous()
@@ -275,27 +282,28 @@ def _to_numpy(tensor):
   return tensor.numpy()
 
 
-def write(
-  path: str | Path, tensors: Tensors, metadata: Mapping[str, Any] | None = None
-) -> None:
-  """Writes a .safetensors, .npz or .pth file.
+def _to_torch(x):
+  import torch
 
-  `metadata`, as JSON, is kept by .safetensors only.
-  """
+  if x.dtype == ml_dtypes.bfloat16:
+    return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+  return torch.from_numpy(x)
+
+
+def write(path: str | Path, tensors: Tensors) -> None:
+  """Writes a .safetensors, .npz or .pth file."""
   path = Path(path)
-  tensors = {k: np.ascontiguousarray(x) for k, x in tensors.items()}
+  tensors = {k: np.asarray(x, order="C") for k, x in tensors.items()}
   if path.suffix == ".safetensors":
-    from safetensors import flax
+    from safetensors import numpy
 
-    arrays = {k: jax.numpy.asarray(x) for k, x in tensors.items()}
-    text = {k: json.dumps(v) for k, v in (metadata or {}).items()}
-    flax.save_file(arrays, path, metadata=text)
+    numpy.save_file(tensors, path)
   elif path.suffix == ".npz":
     np.savez(path, **tensors)
   elif path.suffix == ".pth":
     import torch
 
-    torch.save({k: torch.from_numpy(x) for k, x in tensors.items()}, path)
+    torch.save({k: _to_torch(x) for k, x in tensors.items()}, path)
   else:
     raise ValueError(f"{path}: write .safetensors, .npz or .pth.")
 
@@ -371,6 +379,9 @@ def to_ours(
     raise ValueError(
       f"Model {name!r} has no layout {layout!r}; it has {', '.join(known)}."
     )
+  others = table(name, "OTHER_PARTS").get(layout)
+  if others:
+    tensors = {k: x for k, x in tensors.items() if not re.fullmatch(others, k)}
   rules = known[layout](model)
   expected = {k for rule in rules for k in rule.theirs}
   problems = _two_sides(

@@ -5,15 +5,17 @@ Their code pads images to a common length, ours packs them. Layouts:
   timm              NaFlexViT without LayerScale: the SigLIP 2 models
   timm_layer_scale  with LayerScale: timm's own models. The scales multiply the
                     projections before them, and are written as 1.
-  hf                transformers' Siglip2VisionModel, by its own names; a whole
-                    Siglip2Model has them behind "vision_model.". There is no
-                    classifier, and with vision_use_head=False, which is any
-                    `pool` but "map", no pooling.
+  hf                transformers' Siglip2VisionModel. There is no classifier,
+                    and with vision_use_head=False, which is any `pool` but
+                    "map", no pooling.
+  hf_two_towers     the same in files of a whole Siglip2Model, as Google has
+                    published them; the text tower is left out
 
-All have biases everywhere, so the model needs bias=True. Of timm's NaFlexViT
-these are not read: naflexvit_so150m2_*, which have no biases in queries, keys
-and values (and no published weights), and *_radio_*, which have no last
-LayerNorm and resize their tables without antialias.
+All have biases everywhere, so the model needs bias=True. Names do not tell
+naflexvit_base_patch16_par_gap from _gap: it needs keep_aspect=True. These of
+timm's NaFlexViT are not read: naflexvit_so150m2_*, which have no biases in
+queries, keys and values (and no published weights), and *_radio_*, which have
+no last LayerNorm and resize their tables without antialias.
 """
 
 import dataclasses
@@ -40,7 +42,12 @@ _GAP = dict(
 )
 # The keywords of navit.Model that published weights are for; what a layout
 # alone says is that they are SigLIP 2's, or naflexvit_base_patch16_gap's.
-SETTINGS = {"timm": _SIGLIP2, "hf": _SIGLIP2, "timm_layer_scale": _GAP}
+SETTINGS = {
+  "timm": _SIGLIP2,
+  "timm_layer_scale": _GAP,
+  "hf": _SIGLIP2,
+  "hf_two_towers": _SIGLIP2,
+}
 PUBLISHED = {
   "google/siglip2-base-patch16-naflex": dict(variant="B/16", **_SIGLIP2),
   "google/siglip2-so400m-patch16-naflex": dict(variant="So400m/16", **_SIGLIP2),
@@ -139,6 +146,15 @@ def _timm_pool(ours, theirs, heads):
   ]
 
 
+def _hf_two_towers(model: navit.NaViT) -> list[engine.Rule]:
+  return [
+    dataclasses.replace(
+      rule, theirs=tuple(f"vision_model.{k}" for k in rule.theirs)
+    )
+    for rule in _hf(model)
+  ]
+
+
 def _hf(model: navit.NaViT) -> list[engine.Rule]:
   size = variants.sizes(model.variant, navit.VARIANTS, model.sizes)
   side, width = model.max_grid, size["width"]
@@ -206,13 +222,17 @@ LAYOUTS = {
   "timm": _timm,
   "timm_layer_scale": functools.partial(_timm, layer_scale=True),
   "hf": _hf,
+  "hf_two_towers": _hf_two_towers,
 }
+OTHER_PARTS = {"hf_two_towers": r"text_model\..*|logit_scale|logit_bias"}
 # Images keep their aspect ratio; `size` is the side of a square with as many
 # patches. Crops there are none.
 _COMMON = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0)
 _TIMM = dict(_COMMON, size=384, interpolation="bicubic")
+_HF = dict(_COMMON, size=256, interpolation="bilinear")
 PREPROCESS = {
   "timm": _TIMM,
   "timm_layer_scale": _TIMM,
-  "hf": dict(_COMMON, size=256, interpolation="bilinear"),
+  "hf": _HF,
+  "hf_two_towers": _HF,
 }

@@ -330,6 +330,10 @@ def test_randomness_is_apart_for_examples_and_streams():
       dict(length=26, patch=4, max_images=3, max_side=5),
       "max_side=5 allows 25 patches in an image, fewer than the 26 tokens",
     ),
+    (
+      dict(length=8, patch=4, max_images=3, interpolation="area"),
+      "interpolation is 'area'; it is one of bilinear, bicubic",
+    ),
   ],
 )
 def test_pack_spec_refusals(kwargs, message):

@@ -324,6 +324,23 @@ def test_evaluation_holds_every_example_once(tokens):
     np.testing.assert_array_equal(value[empty], blank[key][empty])
 
 
+def test_the_packing_says_how_images_are_resized_where_no_one_else_does():
+  spec = dataclasses.replace(SPEC, interpolation="bicubic", eval_tokens=23)
+  dataset, asked = evaluation(pack=spec), evaluation(pack=SPEC, tokens=23)
+  source, batch, other = Pictures(), dataset[0], asked[0]
+  np.testing.assert_array_equal(batch["grid_hw"], other["grid_hw"])
+  assert (batch["patches"] != other["patches"]).any()
+  index, (h, w) = batch["example_id"][0, 0], batch["grid_hw"][0, 0]
+  image = ops.resize(
+    source.pixels(index), h * 5, w * 5, interpolation="bicubic"
+  )
+  patches = einops.rearrange(image, "(h p) (w q) c -> (h w) (p q c)", p=5, q=5)
+  np.testing.assert_array_equal(batch["patches"][0, : h * w], patches)
+  # What is asked goes first.
+  fewer = evaluation(pack=spec, tokens=9)
+  assert fewer[0]["grid_hw"].prod(axis=-1).max() <= 9
+
+
 def test_evaluation_of_stacked_images_is_in_order_and_filled_up():
   dataset = evaluation(pack=None, ops="decode|resize(11)")
   assert len(dataset) == 13
