@@ -47,6 +47,8 @@ BATCH_AXES = ("data", "fsdp")
 SCANNED = "blocks"
 # The collection of running statistics, which are averaged like parameters.
 STATISTICS = "batch_stats"
+# The collection in which models lend what is inside them, see capture.py.
+INTERMEDIATES = "intermediates"
 
 
 @flax.struct.dataclass
@@ -65,6 +67,11 @@ class TrainState:
   opt_state: PyTree
   rng: Array
   ema: PyTree | None = None
+
+  def variables(self) -> dict[str, PyTree]:
+    """What evaluation applies: the moving average, where there is one."""
+    own = {"params": self.params, **self.model_state}
+    return own | (self.ema or {})
 
 
 class Metric(Protocol):
@@ -119,6 +126,8 @@ class Source(Protocol):
 
 # predict(batch) -> numpy leaves of the global batch, on every process.
 Predict = Callable[[Batch], dict[str, Any]]
+# (state, batch, static) -> what the loop compiles and lends as `Predict`.
+Measure = Callable[..., dict[str, Any]]
 
 
 class Batches(Protocol):
@@ -133,7 +142,15 @@ class Batches(Protocol):
 
 
 class Evaluator(Protocol):
-  """A frozen dataclass of settings, from `evaluators/<name>.py`."""
+  """A frozen dataclass of settings, from `evaluators/<name>.py`.
+
+  One that needs more of a model than its predictions also has
+
+    def measure(self, model: nn.Module, task: Task) -> Measure
+
+  which returns a pure function. The loop compiles it with the shardings of the
+  state and lends it to `run` in the place of `predict`.
+  """
 
   def run(
     self, *, predict: Predict, batches: Batches, folder: Path

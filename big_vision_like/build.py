@@ -7,7 +7,7 @@ disagree.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -257,28 +257,53 @@ def make_evaluations(parts: Parts) -> list[Evaluation]:
   return evaluations
 
 
-def jit_predict(parts: Parts, state_shardings: api.TrainState):
-  """(state, batch, static) -> numpy predictions of the global batch."""
-  predict = jax.jit(
-    train_step.make_predict(parts.model, parts.task),
+def jit_measures(
+  parts: Parts,
+  evaluations: Sequence[Evaluation],
+  state_shardings: api.TrainState,
+) -> dict[str, api.Measure]:
+  """What each evaluation is lent: (state, batch, static) -> numpy arrays.
+
+  Its evaluator's `measure`; those without one share one compiled `predict`.
+  """
+  predict = _jit(
+    parts, train_step.make_predict(parts.model, parts.task), state_shardings
+  )
+  measures = dict.fromkeys((e.name for e in evaluations), predict)
+  for name, evaluator in ((e.name, e.evaluator) for e in evaluations):
+    if hasattr(evaluator, "measure"):
+      measure = evaluator.measure(parts.model, parts.task)
+      measures[name] = _jit(parts, measure, state_shardings)
+  return measures
+
+
+def _jit(parts, measure, state_shardings):
+  compiled = jax.jit(
+    measure,
     static_argnums=2,
     in_shardings=(state_shardings, sharding.batch_sharding(parts.mesh)),
     out_shardings=sharding.replicated(parts.mesh),
   )
   return lambda state, batch, static=(): jax.device_get(
-    predict(state, batch, static)
+    compiled(state, batch, static)
   )
 
 
 def run_evaluation(
-  evaluation: Evaluation, predict, state: api.TrainState, folder: Path
+  evaluation: Evaluation,
+  measure: api.Measure,
+  state: api.TrainState,
+  folder: Path,
 ) -> dict[str, float]:
-  """Scores by metric name, prefixed with the evaluation's."""
+  """Scores by metric name, prefixed with the evaluation's.
+
+  `measure` is what `jit_measures` has for it.
+  """
   target = folder / evaluation.name
   target.mkdir(parents=True, exist_ok=True)
   try:
     scores = evaluation.evaluator.run(
-      predict=functools.partial(predict, state, static=evaluation.static),
+      predict=functools.partial(measure, state, static=evaluation.static),
       batches=evaluation.batches,
       folder=target,
     )

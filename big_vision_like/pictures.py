@@ -389,6 +389,56 @@ def _plot_rows(axes, rows, x, y, **style) -> None:
   axes.plot([row[x] for row in rows], [row[y] for row in rows], **style)
 
 
+def panels(
+  parts: Mapping[str, np.ndarray | Mapping[str, np.ndarray]],
+  path: _Path,
+  *,
+  note: str = "",
+) -> None:
+  """Draws matrices over pairs of layers, and curves over layers.
+
+  Args:
+    parts: by title a matrix [p,p] or curves [p] by name, NaN where there is
+      nothing. "chance" and what ends in " before" is dashed, the latter in the
+      colour of the curve without it.
+    path: of the PNG.
+    note: below, what to know before reading them.
+  """
+  figure = _figure(4.0 * len(parts), 3.7)
+  for axes, (title, part) in zip(
+    figure.subplots(1, len(parts), squeeze=False)[0], parts.items()
+  ):
+    if isinstance(part, Mapping):
+      _draw_layers(axes, part)
+    else:
+      _draw_matrix(figure, axes, part)
+    _finish(axes, title, "layer")
+  if note:
+    figure.supxlabel(note, fontsize=8, color="#555555")
+  _save(figure, path)
+
+
+def _draw_matrix(figure, axes, matrix: np.ndarray) -> None:
+  count = len(matrix)
+  low = min(0.0, np.nanmin(matrix)) if np.isfinite(matrix).any() else 0.0
+  box = (0.5, count + 0.5, count + 0.5, 0.5)
+  image = axes.imshow(matrix, vmin=low, vmax=1, cmap="viridis", extent=box)
+  figure.colorbar(image, ax=axes, shrink=0.8)
+
+
+def _draw_layers(axes, curves: Mapping[str, np.ndarray]) -> None:
+  colours: dict[str, str] = {}
+  for name, y in curves.items():
+    plain = name.removesuffix(" before")
+    colour = colours.setdefault(plain, _colour(len(colours)))
+    dashed = name == "chance" or name != plain
+    style = dict(ls="--", lw=1.2) if dashed else dict(lw=1.8, marker=".")
+    label = None if name != plain else name
+    axes.plot(np.arange(1, len(y) + 1), y, color=colour, label=label, **style)
+  axes.legend(fontsize=7, frameon=False)
+  axes.xaxis.get_major_locator().set_params(integer=True)
+
+
 def _finish(axes, title: str, x_label: str) -> None:
   title, x_label = (
     text.replace("_per_s", "/s").replace("_", " ") for text in (title, x_label)

@@ -119,7 +119,7 @@ class _Run:
     self.state, self.step, position = self._start()
     self.first_step = self.step
     self.train_step = self._jit_step()
-    self.predict = build.jit_predict(parts, self.shardings)
+    self.measures = build.jit_measures(parts, self.evaluations, self.shardings)
     self.audit = audit.GradientAudit(frozen=config.optim.frozen)
     self.recompiles = compilation.RecompileGuard(
       pipeline.specs(parts.train_data), all_static(config)
@@ -374,7 +374,10 @@ class _Run:
     with self.progress.paused():
       for evaluation in due:
         scores = build.run_evaluation(
-          evaluation, self.predict, self.state, self.folder / "evaluations"
+          evaluation,
+          self.measures[evaluation.name],
+          self.state,
+          self.folder / "evaluations",
         )
         if not scores:  # it only draws
           continue

@@ -5,7 +5,6 @@ jits them once with pinned shardings.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -193,19 +192,13 @@ def _sum_squares(x, *, keep_layers):
   return jnp.square(x.astype(jnp.float32)).sum(axes)
 
 
-def make_predict(
-  model: nn.Module, task: api.Task
-) -> Callable[..., dict[str, Any]]:
+def make_predict(model: nn.Module, task: api.Task) -> api.Measure:
   """(state, batch, static) -> predictions; uses the EMA where there is one."""
 
   def predict(state, batch, static=()):
     inputs, targets = task.prepare(batch, None)
-    variables = {"params": state.params, **state.model_state}
     outputs = model.apply(
-      variables | (state.ema or {}),
-      train=False,
-      **inputs,
-      **dict(static),
+      state.variables(), train=False, **inputs, **dict(static)
     )
     return task.predict(outputs, targets)
 

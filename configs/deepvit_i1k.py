@@ -2,10 +2,16 @@
 
   python launch.py --config configs/deepvit_i1k.py
     The local size on `digit_scenes`: minutes on two CPU cores.
+  python launch.py --config configs/deepvit_i1k.py:depth=24,width=48,plain=1
+  python launch.py --config configs/deepvit_i1k.py:depth=24,width=48
+    Attention in a deep and narrow ViT, and with re-attention: both write the
+    similarity of their layers into evaluations/similarity, with a picture.
   python launch.py --config configs/deepvit_i1k.py:size=S,data=folder:/path
     300 epochs of ImageNet-1k at 224 pixels.
 
-Arguments: size (local, 16B, 24B, 32B, S, L), data, steps.
+Arguments: size (local, 16B, 24B, 32B, S, L), data, steps; depth and width,
+where not those of the size; plain (1: no block mixes heads, which is a ViT of
+the same shape).
 Figures: top-1 79.10 (16B), 79.99 (24B), 80.90 (32B), 82.3 (S), 83.1 (L), from
 the README of zhoudaquan/dvit_repo @ 1ccb152; recipe: its scripts/*.yaml.
 Not the authors': the number of their GPUs, of 32 images each, is not known,
@@ -22,7 +28,15 @@ _IMAGES = 1_281_167
 
 
 def get_config(arg=None):
-  a = common.arguments(arg, size="local", data="digit_scenes:plain", steps=0)
+  a = common.arguments(
+    arg,
+    size="local",
+    data="digit_scenes:plain",
+    steps=0,
+    depth=0,
+    width=0,
+    plain=0,
+  )
   common.check_size(a.size, ("local", *_VARIANTS), "configs/deepvit_i1k.py")
   c = common.base()
   with c.unlocked():
@@ -30,6 +44,13 @@ def get_config(arg=None):
     c.task = dict(name="classification", loss_name="softmax")
     c.task.label_smoothing = 0.1
     c.model = dict(name="deepvit", variant=a.size)
+    sizes = dict(depth=a.depth, mixing=a.depth) if a.depth else {}
+    if a.width:
+      sizes |= dict(width=a.width, mlp=3 * a.width)
+    if a.plain:
+      sizes["mixing"] = 0
+    if sizes:
+      c.model.sizes = sizes
     c.optim.clip = 0
     c.optim.wd = 0.05
     if a.size == "local":
@@ -37,6 +58,10 @@ def get_config(arg=None):
     else:
       _paper(c, a)
     common.validate(c, limit=1000 if a.size == "local" else 50_000)
+    c.evals.similarity = dict(
+      name="attention_similarity",
+      data=dict(split="validation", batch_size=64),
+    )
   return c.lock()
 
 

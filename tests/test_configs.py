@@ -7,7 +7,7 @@ import re
 import pytest
 
 from big_vision_like.data import sources
-from configs import common, navit_jft, vit_jft
+from configs import common, deepvit_i1k, navit_jft, vit_jft
 
 FILES = sorted(
   p.stem
@@ -72,6 +72,18 @@ def test_navit_follows_table_2(arg, length, steps, cooldown):
   assert c.optim.schedule.cooldown == cooldown
   assert (c.optim.lr, c.optim.wd) == (8e-4, 0.03)
   assert dict(c.optim.wd_mults)["head/kernel"] * c.optim.wd == 3.0
+
+
+def test_deepvit_may_be_deeper_and_a_plain_vit():
+  sizes = {
+    arg: deepvit_i1k.get_config(arg).model.get("sizes")
+    for arg in ("", "depth=24,width=48", "depth=24,plain=1")
+  }
+  assert [x and x.to_dict() for x in sizes.values()] == [
+    None,
+    dict(depth=24, mixing=24, width=48, mlp=144),
+    dict(depth=24, mixing=0),
+  ]
 
 
 @pytest.mark.parametrize("name", FILES)

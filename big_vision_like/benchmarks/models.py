@@ -113,6 +113,13 @@ def _image(pair: Pair, batch: int) -> np.ndarray:
 
 def our_forward(pair: Pair, batch: int) -> Callable[[], None]:
   """The compiled forward pass; BatchNorms are folded where there are any."""
+  return compiled_forward(pair, batch)[1]
+
+
+def compiled_forward(
+  pair: Pair, batch: int
+) -> tuple[jax.stages.Compiled, Callable[[], None]]:
+  """The program of `our_forward`, and a call of it."""
   model = _model(pair)
   more = {"scan": False} if hasattr(model, "scan") else {}
   model = model.clone(**more)
@@ -125,7 +132,8 @@ def our_forward(pair: Pair, batch: int) -> Callable[[], None]:
     variables = (fold or convolution.fuse)(variables)
     model = model.clone(fused=True)
   forward = jax.jit(lambda v, x: model.apply(v, x, train=False)["logits"])
-  return lambda: forward(variables, image).block_until_ready()
+  compiled = forward.lower(variables, image).compile()
+  return compiled, lambda: compiled(variables, image).block_until_ready()
 
 
 def their_forward(pair: Pair, batch: int, mode: str) -> Callable[[], None]:

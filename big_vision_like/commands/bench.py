@@ -7,6 +7,9 @@
   bench padding     the share of packed rows that is padding
   bench wait        the share of a training step spent waiting for data
   bench startup     seconds from the command to the first step
+  bench tokens      time and memory of attention, separable and not, by tokens
+  bench share       speed of networks by their share of attention layers
+  bench kinds       time in products, and in what is bound by memory
 
 Every ratio is measured in one run, as the median of interleaved rounds. The
 published programs are in the extra `parity`; those that are not installed are
@@ -18,7 +21,17 @@ import importlib
 
 from big_vision_like import allocator
 
-TABLES = ("step", "models", "loader", "padding", "wait", "startup")
+TABLES = (
+  "step",
+  "models",
+  "loader",
+  "padding",
+  "wait",
+  "startup",
+  "tokens",
+  "share",
+  "kinds",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

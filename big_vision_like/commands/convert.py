@@ -8,7 +8,6 @@ layout of a file is recognised from its names.
 """
 
 import argparse
-import ast
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,7 +67,7 @@ def _import(args: argparse.Namespace) -> int:
   path = Path(args.source)
   if args.source.startswith(warm_start.HUB):
     path = warm_start.download(args.source)
-  settings = {"variant": args.variant, **_settings(args.set)}
+  settings = {"variant": args.variant, **predict.settings(args.set)}
   config, variables, layout = read_published(
     engine.read(path),
     name=args.model,
@@ -106,20 +105,6 @@ def _export(args: argparse.Namespace) -> int:
     f"{args.layout} layout, are in {args.target}."
   )
   return 0
-
-
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-  """KEY=VALUE, where the value is a Python literal or a word."""
-  settings = {}
-  for pair in pairs:
-    key, equals, value = pair.partition("=")
-    if not equals:
-      raise ValueError(f"--set {pair}: write KEY=VALUE.")
-    try:
-      settings[key] = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-      settings[key] = value
-  return settings
 
 
 def read_published(

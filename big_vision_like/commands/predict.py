@@ -5,6 +5,7 @@ images are prepared and the names of its labels come from the run folder.
 """
 
 import argparse
+import ast
 import dataclasses
 import json
 import sys
@@ -38,14 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("--run", required=True, metavar="DIR", help="run folder of a training")
   add("images", nargs="+", metavar="IMAGE", help="image files or folders")
-  add("--step", type=_step, default="latest", help="a step, best or latest")
+  add("--step", type=step, default="latest", help="a step, best or latest")
   add("--top", type=int, default=5, help="labels to print for an image")
   add("--tokens", type=int, metavar="N", help="most tokens of a packed image")
   add("--features", metavar="OUT.npz", help="file for features and scores")
   add("--batch-size", type=int, default=16, help="images, or packed rows")
 
 
-def _step(text: str) -> int | str:
+def step(text: str) -> int | str:
+  """Reads --step."""
   if text not in ("best", "latest") and not text.isdecimal():
     raise argparse.ArgumentTypeError(
       f"{text!r} is neither a step, nor best, nor latest"
@@ -62,6 +64,11 @@ def main(args: argparse.Namespace) -> int:
     raise ValueError(f"No image of {' '.join(args.images)} can be read.")
   compilation.enable_compilation_cache()
   run = load_run(args.run, step=args.step)
+  if run.config.task.name != "classification":
+    raise ValueError(
+      f"predict prints the scores of a classification, but the task of "
+      f"{args.run} is {run.config.task.name!r}."
+    )
   result = predict(run, files, batch_size=args.batch_size, tokens=args.tokens)
   skipped = sorted(set(range(len(files))) - set(result.indices))
   for i in skipped:
@@ -88,6 +95,16 @@ class Run:
   model: nn.Module
   task: api.Task
   variables: dict[str, api.PyTree]
+
+  def state(self) -> api.TrainState:
+    """The state that evaluation needs: what it applies, and no optimizer."""
+    return api.TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=self.variables["params"],
+      model_state={k: v for k, v in self.variables.items() if k != "params"},
+      opt_state=(),
+      rng=jax.random.key(0),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +179,7 @@ def load_run(path: str, *, step: int | str = "latest") -> Run:
   """The model of a run folder with the parameters of a step.
 
   Raises:
-    ValueError: if the folder is not that of a run, or its task does not
-      classify.
+    ValueError: if the folder is not that of a run.
   """
   file = Path(path) / record.RUN_FILE
   if not file.is_file():
@@ -173,11 +189,6 @@ def load_run(path: str, *, step: int | str = "latest") -> Run:
     )
   stored = json.loads(file.read_text())
   config = ConfigDict(_as_tuples(stored["config"]))
-  if config.task.name != "classification":
-    raise ValueError(
-      f"predict prints the scores of a classification, but the task of {path} "
-      f"is {config.task.name!r}."
-    )
   names = tuple(stored["label_names"])
   task = build.make_task(config, len(names))
   # The run's attention may be a kernel of other devices than these.
@@ -185,6 +196,20 @@ def load_run(path: str, *, step: int | str = "latest") -> Run:
   model = build.make_model(config, task.num_classes, **portable)
   variables = checkpoint.load_variables(path, step=step)
   return Run(config, names, model, task, variables)
+
+
+def settings(pairs: Sequence[str]) -> dict[str, Any]:
+  """KEY=VALUE, where the value is a Python literal or a word."""
+  found = {}
+  for pair in pairs:
+    key, equals, value = pair.partition("=")
+    if not equals:
+      raise ValueError(f"--set {pair}: write KEY=VALUE.")
+    try:
+      found[key] = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      found[key] = value
+  return found
 
 
 def _as_tuples(tree: Any) -> Any:
@@ -204,14 +229,7 @@ def predict(
   """Applies the model to files, prepared as the run prepares evaluation."""
   mesh = sharding.make_mesh({"data": -1})
   everywhere = sharding.replicated(mesh)
-  state = api.TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=run.variables["params"],
-    model_state={k: v for k, v in run.variables.items() if k != "params"},
-    opt_state=(),
-    rng=jax.random.key(0),
-  )
-  state = jax.device_put(state, everywhere)
+  state = jax.device_put(run.state(), everywhere)
   apply = jax.jit(
     train_step.make_predict(run.model, run.task), out_shardings=everywhere
   )

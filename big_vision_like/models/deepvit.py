@@ -22,10 +22,14 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from big_vision_like.api import SCANNED
+from big_vision_like.api import INTERMEDIATES, SCANNED
 from big_vision_like.models.layers import variants
 from big_vision_like.models.layers.attention import attention
-from big_vision_like.models.layers.blocks import shard_batch, tokens_dot_general
+from big_vision_like.models.layers.blocks import (
+  lend_maps,
+  shard_batch,
+  tokens_dot_general,
+)
 from big_vision_like.models.layers.convolution import BatchNorm, Conv, ConvBN
 from big_vision_like.models.layers.encoder import REMAT
 
@@ -143,11 +147,13 @@ class ReAttention(nn.Module):
       "bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32
     )
     maps = jax.nn.softmax(scores, axis=-1)
+    self.sow(INTERMEDIATES, "softmax", maps)
     maps = nn.Dropout(self.dropout)(maps, deterministic=not train)
     maps = HeadMix(name="mix")(maps)
     maps = BatchNorm(name="norm")(maps, train=train)
     if self.scale_maps:
       maps = maps * scale
+    self.sow(INTERMEDIATES, "maps", maps.transpose(0, 3, 1, 2))
     out = jnp.einsum("bqkh,bkhd->bqhd", maps.astype(self.dtype), v)
     return _dense(width, "out", self.dtype, (-2, -1))(out)
 
@@ -187,6 +193,7 @@ class PlainAttention(nn.Module):
       checkpoint_name(_dense(features, name, self.dtype)(x), "qkv")
       for name in ("query", "key", "value")
     )
+    lend_maps(self, q, k)
     out = attention(q, k, v, backend=self.backend)
     return _dense(width, "out", self.dtype, (-2, -1))(out)
 
@@ -232,7 +239,9 @@ class Block(nn.Module):
     y = _dense(self.mlp, "fc1", self.dtype)(self.layer_norm("ln2")(x))
     y = jax.nn.gelu(checkpoint_name(y, "mlp_h"), approximate=False)
     y = _dense(x.shape[-1], "fc2", self.dtype)(self.drop(y))
-    return self.add(x, self.drop(y), drop_rate), None
+    x = self.add(x, self.drop(y), drop_rate)
+    self.sow(INTERMEDIATES, "features", x)
+    return x, None
 
   def layer_norm(self, name):
     # LN(x / a) with eps is LN(x) with a² eps.
@@ -278,7 +287,7 @@ class Blocks(nn.Module):
     if self.scan:
       x, _ = nn.scan(
         block,
-        variable_axes={"params": 0, "batch_stats": 0},
+        variable_axes={"params": 0, "batch_stats": 0, INTERMEDIATES: 0},
         split_rngs={"params": True, "dropout": True},
         length=self.depth,
       )(**self.settings, train=train, name=SCANNED)(x, rates)

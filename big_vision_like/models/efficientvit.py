@@ -25,6 +25,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from big_vision_like.api import INTERMEDIATES
 from big_vision_like.models.layers import convolution
 from big_vision_like.models.layers.convolution import BatchNorm, Conv, ConvBN
 
@@ -182,28 +183,27 @@ class CascadedGroupAttention(nn.Module):
       )
       q = dw(q, train=train)
       q, k, v = (rearrange(z, "b h w c -> b (h w) c") for z in (q, k, v))
-      y = attend(q, k, v, bias[i]).reshape(share.shape)
+      weights = attention_weights(q, k, bias[i])
+      self.sow(INTERMEDIATES, "maps", weights[:, None])
+      y = jnp.einsum("bqk,bkc->bqc", weights.astype(v.dtype), v)
+      y = y.reshape(share.shape)
       outputs.append(y)
     x = nn.relu(jnp.concatenate(outputs, -1))
     # Zero: this residual branch starts as nothing.
     return ConvBN(width, scale_init=zeros, name="proj", **kw)(x, train=train)
 
 
-def attend(
-  q: Float[Array, "b n k"],
-  k: Float[Array, "b n k"],
-  v: Float[Array, "b n c"],
-  bias: Float[Array, "n n"],
-) -> Float[Array, "b n c"]:
-  """softmax(q kᵀ / sqrt(k) + bias) v, the softmax in float32 or wider."""
+def attention_weights(
+  q: Float[Array, "b n k"], k: Float[Array, "b n k"], bias: Float[Array, "n n"]
+) -> Float[Array, "b n n"]:
+  """softmax(q kᵀ / sqrt(k) + bias), float32 or wider."""
   scores = jnp.einsum(
     "bqd,bkd->bqk",
     q * q.shape[-1] ** -0.5,
     k,
     preferred_element_type=jnp.promote_types(q.dtype, jnp.float32),
   )
-  weights = jax.nn.softmax(scores + bias).astype(v.dtype)
-  return jnp.einsum("bqk,bkc->bqc", weights, v)
+  return jax.nn.softmax(scores + bias)
 
 
 class Sandwich(nn.Module):
@@ -235,7 +235,10 @@ class Sandwich(nn.Module):
 
     x = around(x, 0)
     y = self.mixer(x, train=train)
-    return around(y if merges else x + y, 1)
+    x = around(y if merges else x + y, 1)
+    if not merges:
+      self.sow(INTERMEDIATES, "features", x)
+    return x
 
 
 class Head(nn.Module):

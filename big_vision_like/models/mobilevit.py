@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from big_vision_like.api import INTERMEDIATES
 from big_vision_like.models.layers.blocks import (
   BlockConfig,
   MultiHeadAttention,
@@ -77,7 +78,9 @@ class TransformerLayer(nn.Module):
     y = MultiHeadAttention(config, name="attn")(config.layer_norm("ln1")(x))
     x = x + drop(y)
     y = jax.nn.silu(self.dense(2 * width, "fc1")(config.layer_norm("ln2")(x)))
-    return x + drop(self.dense(width, "fc2")(y))
+    x = x + drop(self.dense(width, "fc2")(y))
+    self.sow(INTERMEDIATES, "features", x)
+    return x
 
   def dense(self, features, name):
     return nn.Dense(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from big_vision_like.api import INTERMEDIATES
 from big_vision_like.models.layers.blocks import shard_batch, tokens_dot_general
 from big_vision_like.models.layers.convolution import Conv, ConvBN
 from big_vision_like.models.layers.mobilenet import (
@@ -115,7 +116,9 @@ class TransformerLayer(nn.Module):
     x = x + SeparableAttention(self.dtype, name="attn")(y)
     y = global_norm(self.dtype, "norm2")(x)
     y = jax.nn.silu(dense(y, 2 * width, self.dtype, "fc1"))
-    return x + dense(y, width, self.dtype, "fc2")
+    x = x + dense(y, width, self.dtype, "fc2")
+    self.sow(INTERMEDIATES, "features", x)
+    return x
 
 
 class MobileViTBlock(nn.Module):

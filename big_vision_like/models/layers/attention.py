@@ -92,6 +92,20 @@ def attention(
   return _sharded(kernel, q, k, v, segment_ids, kv_segment_ids)
 
 
+def attention_weights(
+  q: Float[Array, "b l k d"],
+  k: Float[Array, "b s k d"],
+  *,
+  segment_ids: Int[Array, "b l"] | None = None,
+  mask: Bool[Array, "#b #k #l #s"] | None = None,
+) -> Float[Array, "b k l s"]:
+  """What self-`attention` multiplies the values by, whatever its backend.
+
+  float32 at least. The arguments are those of `attention`.
+  """
+  return _weights(q, k, _allowed(segment_ids, segment_ids, mask))
+
+
 def choose(
   q: Array | jax.ShapeDtypeStruct,
   k: Array | jax.ShapeDtypeStruct,
@@ -191,8 +205,15 @@ def _grouped(q, k, v, mask):
 def _xla(q, k, v, mask):
   """Materialises the scores, heads before tokens: no product transposes."""
   dtype = jnp.promote_types(q.dtype, jnp.float32)
+  p, v = _weights(q, k, mask).astype(v.dtype), v.swapaxes(1, 2)
+  out = jnp.einsum("bkls,bksd->bkld", p, v, preferred_element_type=dtype)
+  return out.swapaxes(1, 2).astype(q.dtype)
+
+
+def _weights(q, k, mask):
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
   q = (q * q.shape[-1] ** -0.5).swapaxes(1, 2)
-  k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+  k = k.transpose(0, 2, 3, 1)
   s = jnp.einsum("bkld,bkds->bkls", q, k, preferred_element_type=dtype)
   if mask is not None:
     s = jnp.where(mask, s, _LOWEST)
@@ -200,9 +221,7 @@ def _xla(q, k, v, mask):
   if mask is not None:
     p = jnp.where(mask, p, 0)
   total = p.sum(-1, keepdims=True)
-  p = (p / jnp.where(total == 0, 1, total)).astype(v.dtype)
-  out = jnp.einsum("bkls,bksd->bkld", p, v, preferred_element_type=dtype)
-  return out.swapaxes(1, 2).astype(q.dtype)
+  return p / jnp.where(total == 0, 1, total)
 
 
 def _sharded(kernel, q, k, v, ids, kv_ids):

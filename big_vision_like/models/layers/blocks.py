@@ -11,7 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from big_vision_like.models.layers.attention import attention, batch_axes
+from big_vision_like import api
+from big_vision_like.models.layers.attention import (
+  attention,
+  attention_weights,
+  batch_axes,
+)
 
 GELUS = ("tanh", "exact")
 QK_NORMS = (None, "layer", "rms")
@@ -80,6 +85,23 @@ def shard_batch(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
   return jax.lax.with_sharding_constraint(x, P(batch)) if batch else x
 
 
+def lend_maps(
+  module: nn.Module,
+  q: Float[Array, "b l k d"],
+  k: Float[Array, "b s k d"],
+  *,
+  segment_ids: Int[Array, "b l"] | None = None,
+  mask: Bool[Array, "#b #k #l #s"] | None = None,
+) -> None:
+  """Sows the weights of `attention`, see capture.py; computes none unasked."""
+  if not module.is_mutable_collection(api.INTERMEDIATES):
+    return
+  weights = attention_weights(q, k, segment_ids=segment_ids, mask=mask)
+  module.sow(api.INTERMEDIATES, "maps", weights)
+  if segment_ids is not None:
+    module.sow(api.INTERMEDIATES, "segment_ids", segment_ids)
+
+
 def tokens_dot_general(
   x: Float[Array, "..."],
   w: Float[Array, "..."],
@@ -121,6 +143,7 @@ class MultiHeadAttention(nn.Module):
     max_segments: int | None = None,
   ) -> Float[Array, "b l d"]:
     width, heads = x.shape[-1], self.config.heads
+    attends_to_itself = kv is None
     if width % heads:
       raise ValueError(
         f"A width of {width} does not divide into {heads} heads."
@@ -134,6 +157,8 @@ class MultiHeadAttention(nn.Module):
     if self.config.qk_norm:
       q = self.config.head_norm("query_ln")(q)
       k = self.config.head_norm("key_ln")(k)
+    if attends_to_itself:
+      lend_maps(self, q, k, segment_ids=segment_ids, mask=mask)
     out = attention(
       q,
       k,
@@ -216,6 +241,9 @@ class Block(nn.Module):
       self.config.layer_norm("ln2")(x), train=self.train
     )
     x = shard_batch(x + self.drop_branch(y, drop_rate, segment_ids))
+    self.sow(api.INTERMEDIATES, "features", x)
+    if segment_ids is not None:
+      self.sow(api.INTERMEDIATES, "segment_ids", segment_ids)
     return x, None
 
   def drop_branch(self, y, rate, segment_ids):

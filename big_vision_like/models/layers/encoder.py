@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from big_vision_like.api import SCANNED, PyTree
+from big_vision_like.api import INTERMEDIATES, SCANNED, PyTree
 from big_vision_like.models.layers.blocks import Block, BlockConfig, shard_batch
 
 # What the backward pass finds saved; it recomputes the rest.
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
     if self.scan:
       x, _ = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, INTERMEDIATES: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=self.depth,
