@@ -16,6 +16,10 @@ A batch is a dict of arrays with leading axis B. A stacked batch carries
   grid_hw       int32 [B,M,2]    that grid, in patches
   example_mask  bool  [B,M]      False for slots without an image
 
+A model that answers several tasks returns `logits/NAME` for each, and as
+`logits` those of the one that is asked for: by its settings, or for one call by
+the compile-time keyword `task`. Losses and evaluators read `logits`.
+
 Labels are `label` int32 (-1: none) and `multi_label` uint8 [..., classes],
 with leading [B] when stacked and [B,M] when packed. `_mask` bool [B] is False
 for rows that only fill up the batch. What only the host reads stays there

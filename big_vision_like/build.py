@@ -23,6 +23,7 @@ from big_vision_like import (
   resolve,
   sharding,
   train_step,
+  trees,
 )
 from big_vision_like.data import budgets, multi_scale, packing, pipeline
 from big_vision_like.data.batches import BrokenImages
@@ -108,6 +109,26 @@ def make_model(
   return resolve.make("models", "Model", "config.model", settings)
 
 
+def source_model(parts: Parts) -> tuple[str, nn.Module]:
+  """The model that config.init_from is for, behind the name of its file.
+
+  A part of a model, such as a backbone, has its parameters and the section of
+  its settings under the same name, config.init_into.
+  """
+  config, part = parts.config, parts.config.init_into
+  if not part:
+    return config.model.name, parts.model
+  if part not in config.model or part not in parts.params_shape:
+    raise ValueError(
+      f"config.init_into = {part!r} names no part of the model that has "
+      f"settings; the parameters are {', '.join(parts.params_shape)}."
+    )
+  settings = plain(config.model[part])
+  return settings["name"], resolve.make(
+    "models", "Model", f"config.model.{part}", settings
+  )
+
+
 def make_source(config: ConfigDict, split: str) -> api.Source:
   settings = plain(config.data.source)
   return resolve.make(
@@ -152,8 +173,9 @@ def make_optimizer(
   """The gradient transformation, and the learning rate by step."""
   settings = plain(parts.config.optim)
   settings.update(settings.pop("settings"))
+  trained, _ = trees.split(parts.params_shape, settings.pop("frozen"))
   return optim.make(
-    **settings, total_steps=parts.config.total_steps, params=parts.params_shape
+    **settings, total_steps=parts.config.total_steps, params=trained
   )
 
 
@@ -168,10 +190,16 @@ def count_step_flops(parts: Parts, tx: optax.GradientTransformation) -> float:
   model = parts.model.clone(
     **{k: v for k, v in plain.items() if hasattr(parts.model, k)}
   )
-  step = train_step.make_train_step(model, parts.task, tx)
+  frozen = parts.config.optim.frozen
+  step = train_step.make_train_step(model, parts.task, tx, frozen=frozen)
   state = jax.eval_shape(
     lambda: train_step.init_state(
-      model, parts.task, tx, jax.random.key(0), zeros(parts.batch_spec)
+      model,
+      parts.task,
+      tx,
+      jax.random.key(0),
+      zeros(parts.batch_spec),
+      frozen=frozen,
     )
   )
   specs = pipeline.specs(parts.train_data)

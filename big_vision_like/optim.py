@@ -1,10 +1,10 @@
 """Optimizers: optax parts in one fixed order, steered by parameter rules.
 
-The order: clip the gradients of the trained parameters by their global norm,
-or each by the norm of its parameter (adaptive gradient clipping), scale them
-by the optimizer, add decayed weights, multiply by the learning rate of the
-step and of the parameter. Weight decay is thus decoupled, and multiplied by
-the learning rate, as the papers quote it.
+The order: clip the gradients by their global norm, or each by the norm of its
+parameter (adaptive gradient clipping), scale them by the optimizer, add decayed
+weights, multiply by the learning rate of the step and of the parameter. Weight
+decay is thus decoupled, and multiplied by the learning rate, as the papers
+quote it.
 """
 
 import difflib
@@ -32,7 +32,6 @@ def make(
   params: api.PyTree,
   lr_mults: trees.Rules = ((".*", 1.0),),
   wd_mults: trees.Rules = ((".*/kernel", 1.0), (".*", 0.0)),
-  frozen: Sequence[str] = (),
   **settings: Any,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The gradient transformation of a run and its learning rate by step.
@@ -49,23 +48,21 @@ def make(
       the norm of a gradient may have of its parameter's, see `adaptive_clip`.
     schedule: `name` of a schedule and its settings, see `make_schedule`.
     total_steps: length of the run.
-    params: the parameters, or their shapes.
+    params: the parameters that are trained, or their shapes. Frozen ones never
+      come here: the step sets them apart, see `trees.split`.
     lr_mults: rules: what multiplies the learning rate of a parameter.
     wd_mults: rules: what multiplies its weight decay.
-    frozen: regexes of whole paths. These parameters never change, carry no
-      optimizer state and do not count in the norm that is clipped.
     **settings: those of the optimizer, such as b2.
 
   Raises:
-    ValueError: for unknown names and settings, and for a regex of `frozen`
-      that matches no parameter.
+    ValueError: for unknown names and settings, and for a parameter that no
+      rule covers.
   """
   clip_by = _choose(CLIPS, clip_mode, "config.optim.clip_mode")
   lr_fn = make_schedule(lr=lr, total_steps=total_steps, **schedule)
   build = _choose(OPTIMIZERS, name, "config.optim.name")
   _check_settings(build, settings, f"config.optim.settings of {name!r}")
-  frozen_tree = frozen_mask(params, frozen)
-  names = [k for k, stays in trees.flatten(frozen_tree).items() if not stays]
+  names = list(trees.flatten(params))
   decay = {
     k: wd * trees.match(k, wd_mults, "config.optim.wd_mults") for k in names
   }
@@ -83,13 +80,7 @@ def make(
     optax.scale_by_schedule(lambda count: -lr_fn(count)),
     _each(lambda k, update, param: update * mults[k]),
   )
-  if not frozen:
-    return tx, lr_fn
-  labels = jax.tree.map(
-    lambda stays: "frozen" if stays else "trained", frozen_tree
-  )
-  parts = {"trained": tx, "frozen": optax.set_to_zero()}
-  return optax.partition(parts, labels), lr_fn
+  return tx, lr_fn
 
 
 def adaptive_clip(
@@ -134,31 +125,6 @@ CLIPS = {
   "norm": lambda clip, params: optax.clip_by_global_norm(clip),
   "agc": adaptive_clip,
 }
-
-
-def frozen_mask(params: api.PyTree, frozen: Sequence[str]) -> api.PyTree:
-  """A tree like `params`: True where a regex matches the whole path.
-
-  Raises:
-    ValueError: if a regex matches nothing, since a misspelt one would train
-      what was meant to stay; or if nothing is left to train.
-  """
-  names = list(trees.flatten(params))
-  for regex in frozen:
-    rules = ((regex, True), (".*", False))
-    if not any(trees.match(k, rules, "config.optim.frozen") for k in names):
-      tops = dict.fromkeys(k.split("/")[0] + "/..." for k in names)
-      raise ValueError(
-        f"config.optim.frozen: {regex!r} matches no parameter. It has to match "
-        f"a whole path; the paths are {', '.join(tops)}."
-      )
-  rules = (*((regex, True) for regex in frozen), (".*", False))
-  mask = trees.map_rules(params, rules, "config.optim.frozen")
-  if all(jax.tree.leaves(mask)):
-    raise ValueError(
-      f"config.optim.frozen = {list(frozen)} leaves no parameter to train."
-    )
-  return mask
 
 
 _DURATIONS = ("warmup", "warmup_start", "cooldown")

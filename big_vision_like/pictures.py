@@ -439,6 +439,43 @@ def _draw_layers(axes, curves: Mapping[str, np.ndarray]) -> None:
   axes.xaxis.get_major_locator().set_params(integer=True)
 
 
+def methods(
+  rows: Sequence[Mapping[str, Any]],
+  drops: Sequence[Mapping[str, Any]],
+  tasks: Sequence[str],
+  path: _Path,
+) -> None:
+  """Draws what benchmarks/memory.py finds: methods, and joined tasks.
+
+  Args:
+    rows: `method` and the accuracy of each task.
+    drops: `task` and accuracies "alone, X" and "joined, X".
+    tasks: the tasks of `rows`.
+    path: of the PNG.
+  """
+  figure = _figure(11.0, 3.8)
+  left, right = figure.subplots(1, 2)
+  curves = {row["method"]: [row[task] for task in tasks] for row in rows}
+  _bars(left, tasks, curves)
+  _finish(left, "accuracy of a new task, by what is trained", "")
+  kinds = [k for k in drops[0] if k.startswith(("alone", "joined"))]
+  curves = {kind: [row[kind] for row in drops] for kind in kinds}
+  _bars(right, [row["task"] for row in drops], curves)
+  _finish(right, "accuracy alone, and with all tasks in one model", "")
+  _save(figure, path)
+
+
+def _bars(axes, groups: Sequence[str], series: Mapping[str, Sequence[float]]):
+  """Bars side by side in each group."""
+  width = 0.8 / len(series)
+  for i, (name, values) in enumerate(series.items()):
+    at = np.arange(len(groups)) + (i + 0.5) * width - 0.4
+    axes.bar(at, values, width, color=_colour(i), label=name)
+  axes.set_xticks(range(len(groups)), groups)
+  axes.set_ylim(0, 1)
+  axes.legend(fontsize=7, frameon=False, ncols=2, loc="lower left")
+
+
 def _finish(axes, title: str, x_label: str) -> None:
   title, x_label = (
     text.replace("_per_s", "/s").replace("_", " ") for text in (title, x_label)

@@ -70,6 +70,28 @@ def record_run(
   return run
 
 
+def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """What `run.json` holds, with tuples where JSON has lists.
+
+  Raises:
+    ValueError: if the folder is not that of a run.
+  """
+  path = Path(folder) / RUN_FILE
+  if not path.is_file():
+    raise ValueError(
+      f"{folder} is not a run folder: it has no {path.name}. Training with "
+      "launch.py --workdir makes one."
+    )
+  return as_tuples(json.loads(path.read_text()))
+
+
+def as_tuples(tree: Any) -> Any:
+  """Tuples, as configs have them, for the lists of JSON."""
+  if isinstance(tree, dict):
+    return {k: as_tuples(v) for k, v in tree.items()}
+  return tuple(map(as_tuples, tree)) if isinstance(tree, list) else tree
+
+
 def _describe_start() -> dict[str, Any]:
   now = datetime.datetime.now(datetime.UTC)
   kinds = collections.Counter(d.device_kind for d in jax.devices())

@@ -120,7 +120,7 @@ class _Run:
     self.first_step = self.step
     self.train_step = self._jit_step()
     self.measures = build.jit_measures(parts, self.evaluations, self.shardings)
-    self.audit = audit.GradientAudit(frozen=config.optim.frozen)
+    self.audit = audit.GradientAudit()
     self.recompiles = compilation.RecompileGuard(
       pipeline.specs(parts.train_data), all_static(config)
     )
@@ -158,6 +158,7 @@ class _Run:
         self.tx,
         rng,
         build.zeros(parts.batch_spec),
+        frozen=config.optim.frozen,
         ema=config.ema_decay > 0,
       )
 
@@ -179,18 +180,20 @@ class _Run:
     return state, 0, 0
 
   def _init_from(self, state: api.TrainState) -> api.TrainState:
-    config = self.config
+    config, part = self.config, self.config.init_into
+    name, model = build.source_model(self.parts)
+    params = state.params[part] if part else state.params
     own = {
       k: x
       for k, x in state.model_state.items()
-      if k not in config.init_collections
+      if k not in config.init_collections and not part
     }
-    fresh = {**state.params, **own}
+    fresh = {**params, **own}
     loaded = warm_start.load(
       config.init_from,
-      name=config.model.name,
-      model=self.parts.model,
-      shapes={"params": state.params, **own},
+      name=name,
+      model=model,
+      shapes={"params": params, **own},
       resize=tuple(config.init_resize),
     )
     loaded = {**loaded.pop("params"), **loaded}
@@ -198,7 +201,8 @@ class _Run:
       fresh, loaded, skip=tuple(config.init_skip)
     )
     print(f"Parameters from {config.init_from}:\n{report}")
-    params = {k: whole[k] for k in state.params}
+    params = {k: whole[k] for k in params}
+    params = {**state.params, part: params} if part else params
     model_state = {**state.model_state, **{k: whole[k] for k in own}}
     return train_step.restart_average(
       state.replace(params=params, model_state=model_state)
@@ -226,6 +230,7 @@ class _Run:
       parts.model,
       parts.task,
       self.tx,
+      frozen=config.optim.frozen,
       accum_steps=config.accum_steps,
       ema_decay=config.ema_decay,
     )

@@ -4,7 +4,7 @@ Pure functions over `TrainState`; they know `api.py` and nothing more. The loop
 jits them once with pinned shardings.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -24,15 +24,17 @@ def init_state(
   rng: api.Array,
   batch: api.Batch,
   *,
+  frozen: Sequence[str] = (),
   ema: bool = False,
 ) -> api.TrainState:
-  """A fresh state; only the shapes of `batch` matter."""
+  """A fresh state; only the shapes of `batch` matter, `frozen` as below."""
   params, model_state = init_variables(model, task, rng, batch)
+  trained, _ = trees.split(params, frozen)
   return api.TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     model_state=model_state,
-    opt_state=tx.init(params),
+    opt_state=tx.init(trained),
     rng=rng,
     ema=jax.tree.map(jnp.copy, averaged(params, model_state)) if ema else None,
   )
@@ -73,10 +75,15 @@ def make_train_step(
   task: api.Task,
   tx: optax.GradientTransformation,
   *,
+  frozen: Sequence[str] = (),
   accum_steps: int = 1,
   ema_decay: float = 0.0,
 ) -> Step:
   """(state, batch, static) -> (state, metrics), pure and not yet jitted.
+
+  Parameters whose whole path a regex of `frozen` matches are constants of the
+  step: the loss is not differentiated by them, `tx` never sees them, and they
+  leave as they came.
 
   With `accum_steps` k > 1 the batch is cut into k micro-batches that run one
   after the other; their gradients are weighted by the number of examples in
@@ -84,12 +91,13 @@ def make_train_step(
   hold different numbers of images.
 
   The metrics of the task are joined by `grad_norm`, `update_norm`,
-  `param_norm` and `grad_sq`: the sum of squared gradients by parameter path,
-  a vector over layers for scanned parameters. The audit of the first steps
-  reads it.
+  `param_norm`, over the trained parameters, and `grad_sq`: the sum of squared
+  gradients by parameter path, a vector over layers for scanned parameters. The
+  audit of the first steps reads it.
 
   Raises:
-    ValueError: if micro-batches are asked of a task that is not separable.
+    ValueError: if micro-batches are asked of a task that is not separable, or,
+      when the step is traced, by `trees.frozen_mask`.
   """
   if accum_steps > 1 and not task.separable:
     raise ValueError(
@@ -98,7 +106,8 @@ def make_train_step(
       "would change it. Set accum_steps = 1."
     )
 
-  def loss_fn(params, model_state, batch, rng, static):
+  def loss_fn(trained, constant, model_state, batch, rng, static):
+    params = trees.merge(trained, constant)
     prepare_rng, dropout_rng = jax.random.split(rng)
     inputs, targets = task.prepare(batch, prepare_rng)
     outputs, model_state = model.apply(
@@ -116,28 +125,35 @@ def make_train_step(
 
   def step(state, batch, static=()):
     rng = jax.random.fold_in(state.rng, state.step)
+    trained, constant = trees.split(state.params, frozen)
     if accum_steps == 1:
       (_, (model_state, metrics)), grads = grad_fn(
-        state.params, state.model_state, batch, rng, static
+        trained, constant, state.model_state, batch, rng, static
       )
     else:
       grads, model_state, metrics = _accumulate(
-        grad_fn, state, batch, rng, static, accum_steps
+        grad_fn,
+        (trained, constant),
+        state.model_state,
+        batch,
+        rng,
+        static,
+        accum_steps,
       )
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = metrics | _norms(grads, updates, params)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    metrics = metrics | _norms(grads, updates, trained)
     ema = state.ema
     if ema is not None:
       # In this form, what does not change stays as it is, bit by bit.
       ema = jax.tree.map(
         lambda old, new: old + (1.0 - ema_decay) * (new - old),
         ema,
-        averaged(params, model_state),
+        averaged(trees.merge(trained, constant), model_state),
       )
     return state.replace(
       step=state.step + 1,
-      params=params,
+      params=trees.merge(trained, constant),
       model_state=model_state,
       opt_state=opt_state,
       ema=ema,
@@ -146,7 +162,7 @@ def make_train_step(
   return step
 
 
-def _accumulate(grad_fn, state, batch, rng, static, accum_steps):
+def _accumulate(grad_fn, params, model_state, batch, rng, static, accum_steps):
   # Row i goes to micro-batch i % k: a micro-batch then takes an equal share of
   # every device's rows, and no row changes its device.
   batches = jax.tree.map(
@@ -158,15 +174,15 @@ def _accumulate(grad_fn, state, batch, rng, static, accum_steps):
     index, micro = xs
     micro_rng = jax.random.fold_in(rng, index)
     (_, (model_state, metrics)), grads = grad_fn(
-      state.params, model_state, micro, micro_rng, static
+      *params, model_state, micro, micro_rng, static
     )
     count = metrics["loss"].count
     grads = jax.tree.map(lambda g: g * count, grads)
     return (model_state, jax.tree.map(jnp.add, total, grads)), metrics
 
-  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  zeros = jax.tree.map(jnp.zeros_like, params[0])
   (model_state, total), metrics = jax.lax.scan(
-    body, (state.model_state, zeros), (jnp.arange(accum_steps), batches)
+    body, (model_state, zeros), (jnp.arange(accum_steps), batches)
   )
   metrics = jax.tree.map(lambda x: x.sum(0), metrics)
   count = jnp.maximum(metrics["loss"].count, 1.0)

@@ -62,6 +62,53 @@ def map_rules(tree: PyTree, rules: Rules, section: str) -> PyTree:
   )
 
 
+def frozen_mask(params: PyTree, frozen: Sequence[str]) -> PyTree:
+  """A tree like `params`: True where a regex matches the whole path.
+
+  Raises:
+    ValueError: if a regex matches nothing, since a misspelt one would train
+      what was meant to stay; or if nothing is left to train.
+  """
+  names = list(flatten(params))
+  for regex in frozen:
+    if not any(re.fullmatch(regex, k) for k in names):
+      tops = dict.fromkeys(k.split("/")[0] + "/..." for k in names)
+      raise ValueError(
+        f"config.optim.frozen: {regex!r} matches no parameter. It has to match "
+        f"a whole path; the paths are {', '.join(tops)}."
+      )
+  rules = (*((regex, True) for regex in frozen), (".*", False))
+  mask = map_rules(params, rules, "config.optim.frozen")
+  if all(jax.tree.leaves(mask)):
+    raise ValueError(
+      f"config.optim.frozen = {list(frozen)} leaves no parameter to train."
+    )
+  return mask
+
+
+def split(params: PyTree, frozen: Sequence[str]) -> tuple[PyTree, PyTree]:
+  """(trained, frozen): trees like `params`, each with None for the other's.
+
+  None is a tree without leaves, so whatever maps over one part sees nothing
+  of the other. `merge` puts them together again.
+  """
+  mask = frozen_mask(params, frozen)
+  return (
+    jax.tree.map(lambda x, stays: None if stays else x, params, mask),
+    jax.tree.map(lambda x, stays: x if stays else None, params, mask),
+  )
+
+
+def merge(trained: PyTree, frozen: PyTree) -> PyTree:
+  """The inverse of `split`."""
+  return jax.tree.map(
+    lambda x, y: y if x is None else x,
+    trained,
+    frozen,
+    is_leaf=lambda x: x is None,
+  )
+
+
 def count(tree: PyTree) -> int:
   """Number of scalars in all leaves."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))

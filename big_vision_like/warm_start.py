@@ -35,7 +35,7 @@ def load(
     name: of the model's file.
     model: that shall hold the weights.
     shapes: of its variables.
-    resize: what may be resized to fit, see `engine.to_ours`.
+    resize: what may be resized to fit, see `engine.resize_ours`.
 
   Raises:
     ValueError: if nothing is there, or a file does not match.
@@ -43,12 +43,13 @@ def load(
   if source.startswith(HUB):
     source = str(download(source))
   if Path(source).suffix not in engine.SUFFIXES:
-    if resize:
-      raise ValueError(
-        f"config.init_resize = {tuple(resize)} is for files of published "
-        f"weights, and {source} is none of {', '.join(engine.SUFFIXES)}."
-      )
-    return checkpoint.load_variables(source)
+    return engine.resize_ours(
+      checkpoint.load_variables(source),
+      name=name,
+      model=model,
+      shapes=shapes,
+      resize=resize,
+    )
   variables, _ = engine.to_ours(
     engine.read(source), name=name, model=model, shapes=shapes, resize=resize
   )

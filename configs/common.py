@@ -10,6 +10,8 @@ import difflib
 import ml_collections
 from ml_collections import ConfigDict
 
+from big_vision_like import record
+
 
 def base() -> ConfigDict:
   """The defaults. Sections named `dict()` take the settings of a plug-in."""
@@ -30,11 +32,13 @@ def base() -> ConfigDict:
   c.model = ConfigDict()
   # What to start from: a run folder, a checkpoint, a file of published weights
   # (.safetensors, .npz, .pth) or "hf://org/name"; regexes of the parameters
-  # that stay freshly initialised; what of a file may be resized to fit, such as
-  # ("positions",).
+  # that stay freshly initialised; what may be resized to fit, such as
+  # ("positions",); and the part of the model that is meant, such as "backbone":
+  # its settings are those of config.model.backbone.
   c.init_from = ""
   c.init_skip = ()
   c.init_resize = ()
+  c.init_into = ""
   # Collection of variables -> run folder to fill it from: dict(teacher=...).
   c.init_collections = ConfigDict()
   # Model keyword -> choices, one drawn at each step (one compile each).
@@ -134,6 +138,39 @@ def check_size(size: str, sizes: tuple[str, ...], config: str) -> None:
     raise ValueError(
       f"{config} has no size={size}; it has: {', '.join(sizes)}."
     )
+
+
+# What fine-tuning does without, and sets itself.
+_PRETRAINING = (
+  "num_classes",
+  "rep_size",
+  "head_zero_init",
+  "head_bias",
+  "dropout",
+  "stochastic_depth",
+)
+
+
+def start_from(c: ConfigDict, run: str, size: str) -> None:
+  """The model of a run folder and its weights, with a head that starts at 0.
+
+  Pixels are normalised as they were. `convert` makes run folders of published
+  weights. Without a run, a fresh ViT of a size: only to see that a config runs.
+  """
+  if not run:
+    c.model = dict(name="vit", variant=size, head_zero_init=True)
+    return
+  stored = record.read_run(run)
+  model = stored["config"]["model"]
+  c.model = {k: v for k, v in model.items() if k not in _PRETRAINING}
+  if model["name"] in ("vit", "flexivit", "navit"):  # Others start near it.
+    c.model.head_zero_init = True
+  for key in ("mean", "std"):
+    if key in stored["config"]["task"]:
+      c.task[key] = stored["config"]["task"][key]
+  c.init_from = run
+  if stored["label_names"]:
+    c.init_skip = ("(head|pre_logits)/.*",)
 
 
 def validate(c: ConfigDict, *, limit: int) -> None:

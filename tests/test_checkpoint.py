@@ -35,6 +35,7 @@ def random_params(seed=0):
 
 def make_state(seed=0, *, rng=None, optimizer="adafactor", frozen=("head/.*",)):
   params = random_params(seed)
+  trained, _ = trees.split(params, frozen)
   tx, _ = optim.make(
     name=optimizer,
     lr=0.1,
@@ -42,12 +43,11 @@ def make_state(seed=0, *, rng=None, optimizer="adafactor", frozen=("head/.*",)):
     clip=1.0,
     schedule=dict(name="constant"),
     total_steps=10,
-    params=params,
-    frozen=frozen,
+    params=trained,
   )
   _, opt_state = jax.jit(
     lambda grads, params: tx.update(grads, tx.init(params), params)
-  )(random_params(1), params)
+  )(trees.split(random_params(1), frozen)[0], trained)
   return api.TrainState(
     step=jnp.int32(7),
     params=params,

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from big_vision_like.data import sources
-from configs import common, deepvit_i1k, navit_jft, vit_jft
+from configs import common, deepvit_i1k, memory_transfer, navit_jft, vit_jft
 
 FILES = sorted(
   p.stem
@@ -51,6 +51,9 @@ def test_sources_take_what_stands_behind_the_colon():
   settings = sources.settings
   assert settings("folder:/a:b") == dict(name="folder", path="/a:b")
   assert settings("digit_scenes") == dict(name="digit_scenes")
+  assert settings("digit_scenes:photo/color") == dict(
+    name="digit_scenes", level="photo", target="color"
+  )
   assert settings("tfds:coco/2017:1.1.0") == dict(
     name="tfds", dataset="coco/2017:1.1.0"
   )
@@ -84,6 +87,31 @@ def test_deepvit_may_be_deeper_and_a_plain_vit():
     dict(depth=24, mixing=24, width=48, mlp=144),
     dict(depth=24, mixing=0),
   ]
+
+
+@pytest.mark.parametrize(
+  ("arg", "sentence"),
+  [
+    ("method=adapter", "no method=adapter; it has: full, head, head_cls, mem"),
+    ("extends=color", "method=memory with extends=TASK takes run= with a fol"),
+    ("run=nowhere", "nowhere is not a run folder: it has no run.json"),
+  ],
+)
+def test_memory_transfer_refuses(arg, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    memory_transfer.get_config(arg)
+
+
+def test_memory_transfer_holds_the_papers_methods():
+  """SGD with momentum, clipping, a warmup of 5 steps, 512 images a step."""
+  for method in memory_transfer.METHODS:
+    c = memory_transfer.get_config(f"method={method},size=B/32")
+    assert (c.optim.name, c.optim.settings.momentum) == ("sgd", 0.9)
+    assert (c.optim.clip, c.optim.schedule.warmup) == (1.0, 5)
+    assert (c.batch_size, c.total_steps) == (512, 20_000)
+  assert c.optim.frozen == ("backbone/.*",)
+  assert c.model.tasks.digit_scenes.cells == 5
+  assert memory_transfer.get_config("method=full").optim.frozen == ()
 
 
 @pytest.mark.parametrize("name", FILES)

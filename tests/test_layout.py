@@ -36,6 +36,7 @@ ALLOWED = {
   "pictures": FOUNDATION | {"observe"},
   "train_step": FOUNDATION,
   "warm_start": FOUNDATION | {"checkpoint", "weights"},
+  "attach": FOUNDATION | {"build", "models", "record", "weights"},
   "build": FOUNDATION | {"data", "flops", "optim", "sharding", "train_step"},
 }
 EVERYTHING = {"train", "commands", "benchmarks", "__main__"}

@@ -225,8 +225,10 @@ def test_presets_cut_the_kernels_of_our_models():
 def test_state_follows_its_parameters(name):
   mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
   params = random_params()
-  tx = make_tx(params, name, frozen=("head/.*",))
+  trained, _ = trees.split(params, ("head/.*",))
+  tx = make_tx(trained, name)
   state = jax.eval_shape(lambda: make_state(tx, params, ema=True))
+  state = state.replace(opt_state=jax.eval_shape(lambda: tx.init(trained)))
   got = sharding.state_shardings(state, mesh, sharding.RULES["tensor"])
   assert jax.tree.structure(got) == jax.tree.structure(state)
   flat, shapes = specs(got), trees.flatten(state)

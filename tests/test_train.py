@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from big_vision_like import __main__ as command_line
 from big_vision_like import build, checkpoint, pictures, sharding, train
-from configs import navit_jft, vit_jft
+from big_vision_like.models.layers import position_table
+from configs import memory_transfer, navit_jft, vit_i1k, vit_jft, vit_transfer
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
@@ -120,11 +122,13 @@ PAPERS = {
   "deepvit_i1k": "S",
   "efficientvit_i1k": "M0",
   "flexivit_i1k": "S",
+  "memory_transfer": "B/32",
   "mobilevit_i1k": "XXS",
   "mobilevit_v2_i1k": "0.5",
   "navit_jft": "B/16",
   "vit_i1k": "R26+S/32",
   "vit_jft": "B/16",
+  "vit_transfer": "B/16",
 }
 
 
@@ -203,6 +207,90 @@ def test_trains_on_a_folder_with_broken_photographs(tmp_path, caplog):
   assert np.isfinite(list(losses(run).values())).all()
   for name in ("train/dog/3.jpg", "val/dog/3.jpg"):
     assert name in caplog.text
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+  """A ViT of two steps that knows digits, at 32 pixels."""
+  workdir = tmp_path_factory.mktemp("backbone")
+  train.train(tiny("", vit_i1k, total_steps=2), workdir)
+  return workdir
+
+
+def frozen_part(workdir, *, skip=("head", "pre_logits")):
+  return {k: v for k, v in params(workdir).items() if k not in skip}
+
+
+def test_a_run_goes_on_at_a_higher_resolution(backbone, tmp_path, capsys):
+  c = tiny(f"run={backbone},resolution=48", vit_transfer, total_steps=2)
+  with c.unlocked():
+    c.optim.frozen = (r"(?!head/).*",)  # So that what was loaded stays.
+  scores = train.train(c, tmp_path)
+  assert scores["val/examples"] == 16
+  assert "Parameters from" in capsys.readouterr().out
+  old, new = params(backbone), params(tmp_path)
+  table = position_table.resize_positions(
+    old["pos_embed"], (6, 6), kind="corners", prefix=1
+  )
+  np.testing.assert_array_equal(new["pos_embed"], table)
+  jax.tree.map(np.testing.assert_array_equal, new["encoder"], old["encoder"])
+  assert "pre_logits" in old
+  assert "pre_logits" not in new
+
+
+def test_a_task_is_learned_on_a_frozen_run(backbone, tmp_path):
+  arg = f"run={backbone},data=digit_scenes:plain/color,cells=2"
+  c = tiny(arg, memory_transfer, total_steps=3)
+  assert (c.optim.name, c.optim.clip) == ("sgd", 1.0)
+  scores = train.train(c, tmp_path)
+  assert scores["val/examples"] == 16
+  new = params(tmp_path)
+  jax.tree.map(
+    np.testing.assert_array_equal, new["backbone"], frozen_part(backbone)
+  )
+  task = new["tasks"]["color"]
+  assert task["memory"].shape == (2, 2, 24)
+  assert task["head"]["kernel"].shape == (24, 8)
+  assert task["cls"].any()
+  state = tmp_path / "checkpoints" / "3" / "train"
+  # Three parameters with momentum, and no backbone.
+  assert sum(f.stat().st_size for f in state.rglob("*")) < 60_000
+
+
+@pytest.mark.slow
+def test_a_task_extends_another(backbone, tmp_path):
+  """Which stays, bit by bit; so do the backbone and its head."""
+  color, joined, place = (tmp_path / k for k in ("color", "joined", "place"))
+  data = "data=digit_scenes:plain"
+  arg = f"run={backbone},{data}/color,cells=2"
+  train.train(tiny(arg, memory_transfer, total_steps=3), color)
+  file = tmp_path / "color.safetensors"
+  assert command_line.main(["memory", "save", str(color), str(file)]) == 0
+  argv = ["memory", "join", str(backbone), str(file), "--to", str(joined)]
+  assert command_line.main(argv) == 0
+  arg = f"run={joined},{data}/place,extends=color"
+  c = tiny(arg, memory_transfer, total_steps=3)
+  assert c.model.tasks.place.extends == ("color",)
+  train.train(c, place)
+  old, new = params(joined), params(place)
+  for part in (lambda p: p["backbone"], lambda p: p["tasks"]["color"]):
+    jax.tree.map(np.testing.assert_array_equal, part(new), part(old))
+  assert old["backbone"]["head"]["kernel"].shape == (24, 10)
+  assert np.abs(new["tasks"]["place"]["head"]["kernel"]).max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "head", "head_cls"])
+def test_baselines_train_what_they_say(backbone, tmp_path, method):
+  arg = f"run={backbone},data=digit_scenes:plain/color,method={method}"
+  train.train(tiny(arg, memory_transfer, total_steps=3), tmp_path)
+  new, old = params(tmp_path), frozen_part(backbone)
+  if method == "head_cls":
+    assert "memory" not in new["tasks"]["color"]
+    new = new["backbone"]
+  rest = {k: v for k, v in new.items() if k != "head"}
+  same = jax.tree.map(lambda a, b: np.array_equal(a, b), rest, old)
+  assert all(jax.tree.leaves(same)) == (method != "full")
 
 
 def test_a_student_learns_from_the_teacher_of_another_run(tmp_path):

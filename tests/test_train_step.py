@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from big_vision_like import api, audit, train_step
+from big_vision_like import api, audit, flops, train_step, trees
 from big_vision_like.tasks import classification
 
 
@@ -54,12 +54,16 @@ def packed_batch(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
   }
 
 
-def one_step(accum_steps: int, batch, dead: bool = False):
+def one_step(accum_steps: int, batch, dead: bool = False, frozen=()):
   task = classification.Task(num_classes=5)
   tx = optax.sgd(0.1)
   model = Packed(dead=dead)
-  state = train_step.init_state(model, task, tx, jax.random.key(0), batch)
-  step = train_step.make_train_step(model, task, tx, accum_steps=accum_steps)
+  state = train_step.init_state(
+    model, task, tx, jax.random.key(0), batch, frozen=frozen
+  )
+  step = train_step.make_train_step(
+    model, task, tx, accum_steps=accum_steps, frozen=frozen
+  )
   return jax.jit(step)(state, batch)
 
 
@@ -75,6 +79,63 @@ def test_micro_batches_equal_the_large_batch(accum_steps):
     np.testing.assert_allclose(
       whole_metrics[key].compute(), cut_metrics[key].compute(), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_frozen_parameters_are_constants_of_the_step(accum_steps):
+  """They stay, bit by bit, have no gradient, norm or state, and cost none."""
+  batch, frozen = packed_batch(rows=2), ("hidden/.*",)
+  task, tx, model = (
+    classification.Task(num_classes=5),
+    optax.adam(0.1),
+    Packed(),
+  )
+  state = train_step.init_state(
+    model, task, tx, jax.random.key(0), batch, frozen=frozen, ema=True
+  )
+  assert not [k for k in trees.flatten(state.opt_state) if "hidden" in k]
+  kw = dict(accum_steps=accum_steps, ema_decay=0.5)
+  step = train_step.make_train_step(model, task, tx, frozen=frozen, **kw)
+  after, metrics = jax.jit(step)(state, batch)
+  for name, x in trees.flatten(state.params).items():
+    for moved in (after.params, after.ema):
+      same = np.array_equal(trees.flatten(moved)[name], x)
+      assert same == ("hidden" in name), name
+  assert set(metrics["grad_sq"]) == {"head/bias", "head/kernel"}
+  total = sum(float(x) for x in metrics["grad_sq"].values())
+  assert np.isclose(metrics["grad_norm"].compute(), total**0.5, rtol=1e-5)
+  # Of both layers, forward, the gradients of activations are not needed below
+  # the frozen one, nor that of its kernel: two products less.
+  full_state = train_step.init_state(
+    model, task, tx, jax.random.key(0), batch, ema=True
+  )
+  full = train_step.make_train_step(model, task, tx, **kw)
+  saved = flops.count_flops(full, full_state, batch) - flops.count_flops(
+    step, state, batch
+  )
+  images = batch["example_mask"].size
+  kernel, head = (x["kernel"].size for x in state.params.values())
+  assert saved == 2 * images * (kernel + head)
+
+
+def test_frozen_regexes_are_checked():
+  params = {"body": {"kernel": np.ones(3)}, "head": {"bias": np.ones(2)}}
+  with pytest.raises(
+    ValueError,
+    match=r"config\.optim\.frozen: 'haed/\.\*' matches no parameter\. It has "
+    r"to match a whole path; the paths are body/\.\.\., head/\.\.\.",
+  ):
+    trees.split(params, ("haed/.*",))
+  with pytest.raises(
+    ValueError, match=r"\['head/\.\*', '\.\*'\] leaves no parameter to train"
+  ):
+    trees.split(params, ("head/.*", ".*"))
+  parts = trees.split(params, ("head/.*",))
+  assert [list(trees.flatten(x)) for x in parts] == [
+    ["body/kernel"],
+    ["head/bias"],
+  ]
+  chex.assert_trees_all_equal(trees.merge(*parts), params)
 
 
 def test_micro_batches_need_a_separable_task():
@@ -171,8 +232,8 @@ def test_the_average_restarts_where_the_state_stands():
 
 def run_audit(dead: bool, frozen=()) -> list[str]:
   batch = packed_batch(rows=2)
-  _, metrics = one_step(1, batch, dead=dead)
-  watch, findings = audit.GradientAudit(frozen=frozen), []
+  _, metrics = one_step(1, batch, dead=dead, frozen=frozen)
+  watch, findings = audit.GradientAudit(), []
   for _ in range(audit.STEPS):
     findings += watch.update(jax.device_get(metrics["grad_sq"]))
   assert watch.done

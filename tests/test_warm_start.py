@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from big_vision_like import sharding, trees, warm_start
+from big_vision_like.weights import engine
 
 SHAPES = {
   "blocks/attn/query/kernel": (3, 8, 4, 5),
@@ -95,8 +97,30 @@ def test_what_is_no_checkpoint_is_refused_at_the_door(tmp_path):
     warm_start.load(str(tmp_path / "nothing.safetensors"), **asked)
   with pytest.raises(ValueError, match="write hf://organisation/name"):
     warm_start.load("hf://vit", **asked)
-  with pytest.raises(ValueError, match=r"config\.init_resize = \('head',\)"):
-    warm_start.load(str(tmp_path), resize=("head",), **asked)
+
+
+@pytest.mark.parametrize("name", ["vit", "deepvit"])
+def test_positions_of_a_run_are_resized(name):
+  """As those of a file: the class token's entry stays, the grid stretches."""
+  rng = np.random.default_rng(0)
+  table = rng.normal(size=(1, 1 + 3 * 3, 5)).astype(np.float32)
+  variables = {"params": {"cls": np.ones((1, 1, 5)), "pos_embed": table}}
+  shapes = jax.eval_shape(
+    lambda: {"params": {"pos_embed": jnp.ones((1, 17, 5))}}
+  )
+  kw = dict(name=name, model=None, shapes=shapes)
+  got = engine.resize_ours(variables, resize=("positions",), **kw)
+  want = scipy.ndimage.zoom(
+    table[0, 1:].reshape(3, 3, 5), (4 / 3, 4 / 3, 1), order=1
+  )
+  np.testing.assert_array_equal(got["params"]["pos_embed"][0, 0], table[0, 0])
+  np.testing.assert_allclose(
+    got["params"]["pos_embed"][0, 1:], want.reshape(16, 5), rtol=1e-5, atol=1e-6
+  )
+  with pytest.raises(
+    ValueError, match=f"'patches' of {name} cannot be resized"
+  ):
+    engine.resize_ours(variables, resize=("patches",), **kw)
 
 
 def test_without_the_hub_it_says_what_to_do(monkeypatch):

@@ -123,7 +123,7 @@ def read_published(
     settings: of the model, its variant among them; they go before those that
       the layout asks for (its GELU, the constant of its LayerNorms, ...).
     layout: whose names they are; None: recognised.
-    resize: see `engine.to_ours`.
+    resize: see `engine.resize_ours`.
 
   Returns:
     The sections `model`, `task` and `data` of a config, the variables, and the
@@ -267,12 +267,13 @@ def write_run(
   names: Sequence[str],
   *,
   source: str,
+  **extra: Any,
 ) -> None:
-  """A run folder with one checkpoint, of step 0."""
+  """A run folder with one checkpoint, of step 0; `extra` is for run.json."""
   record.record_run(
     folder,
     config.to_json_best_effort(),
-    {"label_names": list(names), "converted_from": source},
+    {"label_names": list(names), "converted_from": source, **extra},
     overview=trees.overview(variables["params"]),
   )
   state = api.TrainState(

@@ -1,15 +1,16 @@
 """Labels images with a trained model, and writes their features.
 
 Takes files and folders (searched through for images). The model, the way its
-images are prepared and the names of its labels come from the run folder.
+images are prepared and the names of its labels come from the run folder. With
+tasks of a learnable memory, from the run or from --adapters, all are answered
+in one pass, and a table says what each adds to its time.
 """
 
 import argparse
 import ast
 import dataclasses
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 
 from big_vision_like import (
   api,
+  attach,
   build,
   checkpoint,
   compilation,
@@ -30,8 +32,11 @@ from big_vision_like import (
   sharding,
   train_step,
 )
+from big_vision_like.benchmarks import tasks as task_costs
 from big_vision_like.data import ops, packing, pipeline
 from big_vision_like.data.sources import folder
+from big_vision_like.models import memory
+from big_vision_like.weights import adapter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add = parser.add_argument
   add("--run", required=True, metavar="DIR", help="run folder of a training")
   add("images", nargs="+", metavar="IMAGE", help="image files or folders")
+  add("--adapters", nargs="+", default=(), metavar="FILE", help="more tasks")
+  add("--tasks", nargs="+", metavar="NAME", help="to answer; without: all")
   add("--step", type=step, default="latest", help="a step, best or latest")
   add("--top", type=int, default=5, help="labels to print for an image")
   add("--tokens", type=int, metavar="N", help="most tokens of a packed image")
@@ -69,32 +76,44 @@ def main(args: argparse.Namespace) -> int:
       f"predict prints the scores of a classification, but the task of "
       f"{args.run} is {run.config.task.name!r}."
     )
+  if args.adapters:
+    run = attach.join(run, args.adapters)
+  run = attach.folded(attach.chosen(run, args.tasks))
   result = predict(run, files, batch_size=args.batch_size, tokens=args.tokens)
   skipped = sorted(set(range(len(files))) - set(result.indices))
   for i in skipped:
     print(f"skipped {files[i][0]}: cannot be decoded", file=sys.stderr)
   names = [str(files[i][0]) for i in result.indices]
-  print("\n".join(table(names, result.scores, run.label_names, top=args.top)))
+  for task, labels in run.labels.items():
+    scores = result.scores[task]
+    lines = table(names, scores, labels.names, top=args.top)
+    print("\n".join([f"{task}:", *lines] if task else lines))
+  if isinstance(run.model, memory.MemoryViT):
+    print("\n".join(costs(run, files, args.batch_size, args.tokens)))
   if args.features:
-    np.savez(
-      args.features,
-      names=np.array(names),
-      features=result.features,
-      scores=result.scores,
-      label_names=np.array(run.label_names),
-    )
+    arrays = {"names": np.array(names), "features": result.features}
+    for task, labels in run.labels.items():
+      suffix = f"/{task}" if task else ""
+      arrays[f"scores{suffix}"] = result.scores[task]
+      arrays[f"label_names{suffix}"] = np.array(labels.names)
+    np.savez(args.features, **arrays)
   return 1 if broken or skipped else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A trained model, ready to be applied."""
+  """A trained model, ready to be applied.
+
+  `labels` are those of each task that it answers, of which "" is the only one
+  of a model without a memory.
+  """
 
   config: ConfigDict
   label_names: tuple[str, ...]
   model: nn.Module
   task: api.Task
   variables: dict[str, api.PyTree]
+  labels: Mapping[str, adapter.Labels]
 
   def state(self) -> api.TrainState:
     """The state that evaluation needs: what it applies, and no optimizer."""
@@ -111,12 +130,12 @@ class Run:
 class Result:
   """Of the images that could be decoded, in the order they were given.
 
-  `scores` are probabilities: they sum to 1 over the classes where the task's
+  `scores` by task are probabilities: they sum to 1 over the classes where the
   loss is a softmax, and are one yes or no per class where it is a sigmoid.
   """
 
   indices: list[int]
-  scores: Float[np.ndarray, "n c"]
+  scores: Mapping[str, Float[np.ndarray, "n c"]]
   features: Float[np.ndarray, "n d"]
 
 
@@ -181,21 +200,16 @@ def load_run(path: str, *, step: int | str = "latest") -> Run:
   Raises:
     ValueError: if the folder is not that of a run.
   """
-  file = Path(path) / record.RUN_FILE
-  if not file.is_file():
-    raise ValueError(
-      f"{path} is not a run folder: it has no {file.name}. Training with "
-      "launch.py --workdir makes one."
-    )
-  stored = json.loads(file.read_text())
-  config = ConfigDict(_as_tuples(stored["config"]))
+  stored = record.read_run(path)
+  config = ConfigDict(stored["config"])
   names = tuple(stored["label_names"])
   task = build.make_task(config, len(names))
   # The run's attention may be a kernel of other devices than these.
   portable = {"attention": "auto"} if "attention" in config.model else {}
   model = build.make_model(config, task.num_classes, **portable)
   variables = checkpoint.load_variables(path, step=step)
-  return Run(config, names, model, task, variables)
+  labels = attach.labels(model, names, task.loss_name, stored.get("tasks", {}))
+  return Run(config, names, model, task, variables, labels)
 
 
 def settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -212,13 +226,6 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
   return found
 
 
-def _as_tuples(tree: Any) -> Any:
-  """JSON has lists for the tuples of a config."""
-  if isinstance(tree, dict):
-    return {k: _as_tuples(v) for k, v in tree.items()}
-  return tuple(map(_as_tuples, tree)) if isinstance(tree, list) else tree
-
-
 def predict(
   run: Run,
   files: Sequence[tuple[Path, tuple[int, int]]],
@@ -229,29 +236,33 @@ def predict(
   """Applies the model to files, prepared as the run prepares evaluation."""
   mesh = sharding.make_mesh({"data": -1})
   everywhere = sharding.replicated(mesh)
+  keys = {k: f"logits/{k}" if k else "logits" for k in run.labels}
   state = jax.device_put(run.state(), everywhere)
   apply = jax.jit(
     train_step.make_predict(run.model, run.task), out_shardings=everywhere
   )
   data = _eval_data(run, files, mesh, batch_size=batch_size, tokens=tokens)
-  rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+  rows: dict[int, dict[str, np.ndarray]] = {}
   with jax.set_mesh(mesh), tqdm.tqdm(total=len(files), disable=None) as bar:
     for batch, host in data:
       out = jax.device_get(apply(state, batch))
       ids = host["example_id"]
       for at in np.argwhere(ids >= 0):
         at = tuple(at)
-        rows[int(ids[at])] = (out["logits"][at], out["features"][at])
+        wanted = ("features", *keys.values())
+        rows[int(ids[at])] = {k: out[k][at] for k in wanted}
       bar.update(len(rows) - bar.n)
   if not rows:
     raise ValueError(
       f"None of the {len(files)} images can be decoded, the first of them "
       f"{files[0][0]}."
     )
-  logits, features = (
-    np.array([rows[i][k] for i in sorted(rows)]) for k in range(2)
-  )
-  return Result(sorted(rows), probabilities(logits, run.task), features)
+  stacked = lambda key: np.array([rows[i][key] for i in sorted(rows)])
+  scores = {
+    task: probabilities(stacked(key), run.labels[task].loss_name)
+    for task, key in keys.items()
+  }
+  return Result(sorted(rows), scores, stacked("features"))
 
 
 def _eval_data(
@@ -280,10 +291,10 @@ def _eval_data(
 
 
 def probabilities(
-  logits: Float[np.ndarray, "n c"], task: api.Task
+  logits: Float[np.ndarray, "n c"], loss_name: str
 ) -> Float[np.ndarray, "n c"]:
   """Scores from 0 to 1, as the loss of the task reads the logits."""
-  squash = jax.nn.softmax if task.loss_name == "softmax" else jax.nn.sigmoid
+  squash = jax.nn.softmax if loss_name == "softmax" else jax.nn.sigmoid
   return np.asarray(squash(logits))
 
 
@@ -308,3 +319,21 @@ def table(
     ).rstrip()
     for name, row in zip(names, cells)
   ]
+
+
+def costs(
+  run: Run,
+  files: Sequence[tuple[Path, tuple[int, int]]],
+  batch_size: int,
+  tokens: int | None,
+) -> list[str]:
+  """What each task of a memory adds to the time of the first batch."""
+  mesh = sharding.make_mesh({"data": -1})
+  data = _eval_data(run, files, mesh, batch_size=batch_size, tokens=tokens)
+  batch, host = next(data)
+  inputs, _ = run.task.prepare(batch, None)
+  params = jax.device_put(run.variables["params"], sharding.replicated(mesh))
+  with jax.set_mesh(mesh):
+    return task_costs.lines(
+      run.model, params, inputs, images=int((host["example_id"] >= 0).sum())
+    )

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from big_vision_like.models.layers import memory as memories
 from big_vision_like.models.layers import variants
 from big_vision_like.models.layers.blocks import BlockConfig
 from big_vision_like.models.layers.encoder import Encoder
@@ -112,6 +113,23 @@ class FlexiViT(nn.Module):
       self.sizes = flax.core.FrozenDict(self.sizes)  # Models are hashable.
     super().__post_init__()
 
+  @property
+  def size(self) -> dict:
+    """The row of the variant."""
+    return variants.sizes(self.variant, VARIANTS, self.sizes)
+
+  @property
+  def block_config(self) -> BlockConfig:
+    return BlockConfig(
+      heads=self.size["heads"],
+      mlp=self.size["mlp"],
+      ln_eps=self.ln_eps,
+      gelu=self.gelu,
+      dropout=self.dropout,
+      dtype=self.dtype,
+      attention=self.attention,
+    )
+
   @nn.compact
   def __call__(
     self,
@@ -119,6 +137,7 @@ class FlexiViT(nn.Module):
     *,
     train: bool,
     grid: Grid | None = None,
+    memory: memories.Memory | None = None,
   ) -> dict[str, Array]:
     """Reads images, already normalised.
 
@@ -127,35 +146,35 @@ class FlexiViT(nn.Module):
       train: whether to drop out.
       grid: patches a side, or (rows, columns); a compile-time constant, drawn
         from `config.static` at each step. None: the attribute's.
+      memory: for models/memory.py.
 
     Returns:
       logits float32 [B,C]; pooled [B,D], the class token behind the last
-      LayerNorm; tokens [B,N,D], the patches' in raster order.
+      LayerNorm; tokens [B,N,D], the patches' in raster order; token/NAME [B,D],
+      the class token of each task in `memory`.
     """
-    size = variants.sizes(self.variant, VARIANTS, self.sizes)
-    config = BlockConfig(
-      heads=size["heads"],
-      mlp=size["mlp"],
-      ln_eps=self.ln_eps,
-      gelu=self.gelu,
-      dropout=self.dropout,
-      dtype=self.dtype,
-      attention=self.attention,
-    )
+    size = self.size
     x = FlexiPatchEmbed(size["width"], size["patch"], self.dtype, name="embed")(
       image, self.grid if grid is None else grid
     )
     x = self.add_positions(x)
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
-    x = Encoder(
+    encoder = Encoder(
       size["depth"],
-      config,
+      self.block_config,
       self.stochastic_depth,
       self.remat,
       self.scan,
       name="encoder",
-    )(x, train=train)
-    outputs = {"pooled": x[:, 0], "tokens": x[:, 1:]}
+    )
+    tasks = {}
+    if memory is None:
+      x = encoder(x, train=train)
+    else:
+      x, inside = memories.enter(x, memory, own_token=True)
+      x, beside = encoder(x, train=train, memory=inside)
+      x, tasks = memories.leave(x, memory, beside, own_token=True)
+    outputs = {"pooled": x[:, 0], "tokens": x[:, 1:], **tasks}
     if self.num_classes:
       init = nn.initializers.lecun_normal()
       outputs["logits"] = nn.Dense(

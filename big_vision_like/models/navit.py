@@ -16,6 +16,7 @@ weights/navit.py has the settings. Their parameters: B/16 92,930,304, So400m/16
 427,888,064.
 """
 
+import functools
 from collections.abc import Mapping
 
 import flax
@@ -23,6 +24,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from big_vision_like.models.layers import memory as memories
 from big_vision_like.models.layers import variants
 from big_vision_like.models.layers.blocks import BlockConfig, tokens_dot_general
 from big_vision_like.models.layers.encoder import Encoder
@@ -98,6 +100,11 @@ class NaViT(nn.Module):
       self.sizes = flax.core.FrozenDict(self.sizes)  # Models are hashable.
     super().__post_init__()
 
+  @property
+  def size(self) -> dict:
+    """The row of the variant."""
+    return variants.sizes(self.variant, VARIANTS, self.sizes)
+
   @nn.compact
   def __call__(
     self,
@@ -108,17 +115,22 @@ class NaViT(nn.Module):
     grid_hw: Int[Array, "b m 2"],
     example_mask: Bool[Array, "b m"],
     train: bool,
+    memory: memories.Memory | None = None,
   ) -> dict[str, Array]:
     """Reads packed rows, see api.py; patches are already normalised.
 
+    `memory` is for models/memory.py. The images of a row share its cells, and
+    each has the class tokens of all tasks.
+
     Returns:
       logits float32 [B,M,C] and pooled [B,M,D], 0 in slots without an image;
-      tokens [B,L,D] after the last LayerNorm.
+      tokens [B,L,D] after the last LayerNorm; token/NAME [B,M,D], the class
+      tokens of each task in `memory`.
     """
     self.check()
-    size = variants.sizes(self.variant, VARIANTS, self.sizes)
+    size = self.size
     slots = grid_hw.shape[1]
-    config = self.block_config(size)
+    config = self.block_config
     x = self.embed(patches, size, config)
     embedding = PositionEmbedding(
       self.position,
@@ -129,9 +141,12 @@ class NaViT(nn.Module):
       name="pos_embed",
     )(positions, grid_hw, segment_ids)
     x = x + embedding.astype(x.dtype)
-    x, ids, order = self.add_tokens(x, segment_ids, example_mask)
+    added, own_token = self.own_tokens(size["width"]), self.pool == "tok"
+    if memory is not None:
+      added, inside = memories.enter(added, memory, own_token=own_token)
+    x, ids, order = add_tokens(x, added, segment_ids, example_mask)
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
-    x = Encoder(
+    encoder = Encoder(
       size["depth"],
       config,
       self.stochastic_depth,
@@ -139,8 +154,18 @@ class NaViT(nn.Module):
       self.scan,
       not self.fc_norm,
       name="encoder",
-    )(x, train=train, segment_ids=ids, max_segments=slots)
-    added, x = self.take_tokens(x, order, slots)
+    )
+    encode = functools.partial(
+      encoder, train=train, segment_ids=ids, max_segments=slots
+    )
+    tasks = {}
+    if memory is None:
+      added, x = take_tokens(encode(x), order, added.shape[1], slots)
+    else:
+      beside = memories.in_slots(inside.tokens, len(x), slots, x.dtype)
+      x, beside = encode(x, memory=inside.replace(tokens=beside))
+      added, x = take_tokens(x, order, added.shape[1], slots)
+      added, tasks = memories.leave(added, memory, beside, own_token=own_token)
     if self.pool == "map":
       pooled = AttentionPool(config, self.pool_mlp, name="pool")(
         x, train=train, segment_ids=segment_ids, slots=slots
@@ -152,7 +177,7 @@ class NaViT(nn.Module):
     else:
       pooled = added[:, :, 0]
     pooled = jnp.where(example_mask[..., None], pooled, 0)
-    outputs = {"pooled": pooled, "tokens": x}
+    outputs = {"pooled": pooled, "tokens": x, **tasks}
     if self.num_classes:
       logits = self.head(pooled)
       outputs["logits"] = jnp.where(example_mask[..., None], logits, 0)
@@ -166,10 +191,11 @@ class NaViT(nn.Module):
         f"fc_norm is for pool='gap', the mean over patches, not {self.pool!r}."
       )
 
-  def block_config(self, size):
+  @property
+  def block_config(self) -> BlockConfig:
     return BlockConfig(
-      heads=size["heads"],
-      mlp=size["mlp"],
+      heads=self.size["heads"],
+      mlp=self.size["mlp"],
       qk_norm=self.qk_norm,
       attention_bias=self.bias,
       norm_bias=self.bias,
@@ -199,44 +225,16 @@ class NaViT(nn.Module):
     )(patches)
     return config.layer_norm("embed_ln")(x) if self.patch_norm else x
 
-  def add_tokens(self, x, segment_ids, example_mask):
-    """Puts the class token and the registers of each image before its patches.
-
-    Returns:
-      tokens [B,L+MR,D]; their segment ids; what `take_tokens` needs. Without
-      such tokens: what is given, and None.
-    """
-    (batch, slots), width = example_mask.shape, x.shape[-1]
-    added = []
+  def own_tokens(self, width):
+    """The class token and the registers, [1,R,D]."""
+    own = [jnp.zeros((1, 0, width))]
     if self.pool == "tok":
-      added.append(self.param("cls", nn.initializers.zeros, (1, 1, width)))
+      own.append(self.param("cls", nn.initializers.zeros, (1, 1, width)))
     if self.registers:
       # Equal registers would stay equal.
       init, shape = nn.initializers.normal(0.02), (1, self.registers, width)
-      added.append(self.param("registers", init, shape))
-    if not added:
-      return x, segment_ids, None
-    added = jnp.concatenate(added, 1)
-    number = added.shape[1]
-    added = jnp.tile(added.astype(x.dtype), (batch, slots, 1))
-    ids = jnp.where(example_mask, jnp.arange(1, slots + 1), 0)
-    ids = jnp.repeat(ids.astype(segment_ids.dtype), number, axis=1)
-    ids = jnp.concatenate([ids, segment_ids], 1)
-    # Kernels of attention are fast, or right, where equal ids are neighbours.
-    last = jnp.iinfo(ids.dtype).max
-    order = jnp.argsort(jnp.where(ids == 0, last, ids), axis=1, stable=True)
-    x = jnp.concatenate([added, x], 1)
-    x = jnp.take_along_axis(x, order[..., None], 1)
-    return x, jnp.take_along_axis(ids, order, 1), order
-
-  def take_tokens(self, x, order, slots):
-    """The added tokens [B,M,R,D] and the patches' [B,L,D], in their places."""
-    if order is None:
-      return None, x
-    number = self.registers + (self.pool == "tok")
-    x = jnp.take_along_axis(x, jnp.argsort(order, axis=1)[..., None], 1)
-    added, x = jnp.split(x, [slots * number], 1)
-    return added.reshape(x.shape[0], slots, number, -1), x
+      own.append(self.param("registers", init, shape))
+    return jnp.concatenate(own, 1)
 
   def head(self, pooled):
     init = nn.initializers.lecun_normal()
@@ -247,6 +245,37 @@ class NaViT(nn.Module):
       dtype=jnp.float32,
       name="head",
     )(pooled)
+
+
+def add_tokens(x, added, segment_ids, example_mask):
+  """Puts tokens [1,R,D] before the patches of each image.
+
+  Returns:
+    tokens [B,L+MR,D]; their segment ids; what `take_tokens` needs. Without
+    such tokens: what is given, and None.
+  """
+  (batch, slots), number = example_mask.shape, added.shape[1]
+  if not number:
+    return x, segment_ids, None
+  added = jnp.tile(added.astype(x.dtype), (batch, slots, 1))
+  ids = jnp.where(example_mask, jnp.arange(1, slots + 1), 0)
+  ids = jnp.repeat(ids.astype(segment_ids.dtype), number, axis=1)
+  ids = jnp.concatenate([ids, segment_ids], 1)
+  # Kernels of attention are fast, or right, where equal ids are neighbours.
+  last = jnp.iinfo(ids.dtype).max
+  order = jnp.argsort(jnp.where(ids == 0, last, ids), axis=1, stable=True)
+  x = jnp.concatenate([added, x], 1)
+  x = jnp.take_along_axis(x, order[..., None], 1)
+  return x, jnp.take_along_axis(ids, order, 1), order
+
+
+def take_tokens(x, order, number, slots):
+  """The added tokens [B,M,R,D] and the patches' [B,L,D], in their places."""
+  if order is None:
+    return x[:, :0].reshape(len(x), slots, 0, x.shape[-1]), x
+  x = jnp.take_along_axis(x, jnp.argsort(order, axis=1)[..., None], 1)
+  added, x = jnp.split(x, [slots * number], 1)
+  return added.reshape(len(x), slots, number, -1), x
 
 
 Model = NaViT

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from big_vision_like.models.layers import memory as memories
 from big_vision_like.models.layers import position, variants
 from big_vision_like.models.layers.blocks import BlockConfig
 from big_vision_like.models.layers.encoder import Encoder
@@ -156,15 +157,37 @@ class ViT(nn.Module):
       self.sizes = flax.core.FrozenDict(self.sizes)  # Models are hashable.
     super().__post_init__()
 
+  @property
+  def size(self) -> dict:
+    """The row of the variant."""
+    return row(self.variant, self.sizes)
+
+  @property
+  def block_config(self) -> BlockConfig:
+    return BlockConfig(
+      heads=self.size["heads"],
+      mlp=self.size["mlp"],
+      ln_eps=self.ln_eps,
+      gelu=self.gelu,
+      dropout=self.dropout,
+      dtype=self.dtype,
+      attention=self.attention,
+    )
+
   @nn.compact
   def __call__(
-    self, image: Float[Array, "b h w c"], *, train: bool
+    self,
+    image: Float[Array, "b h w c"],
+    *,
+    train: bool,
+    memory: memories.Memory | None = None,
   ) -> dict[str, Array]:
-    """Reads images, already normalised.
+    """Reads images, already normalised; `memory` is for models/memory.py.
 
     Returns:
       logits float32 [B,C]; pooled [B,D], what the head's last layer reads;
-      tokens [B,N,D], the patches' after the last LayerNorm, in raster order.
+      tokens [B,N,D], the patches' after the last LayerNorm, in raster order;
+      token/NAME [B,D], the class token of each task in `memory`.
     """
     if self.pool not in POOLS:
       raise ValueError(f"pool is {self.pool!r}; it is one of {POOLS}.")
@@ -172,30 +195,28 @@ class ViT(nn.Module):
       raise ValueError(
         f"position is {self.position!r}; it is one of {POSITIONS}."
       )
-    size = row(self.variant, self.sizes)
-    config = BlockConfig(
-      heads=size["heads"],
-      mlp=size["mlp"],
-      ln_eps=self.ln_eps,
-      gelu=self.gelu,
-      dropout=self.dropout,
-      dtype=self.dtype,
-      attention=self.attention,
-    )
+    size, config = self.size, self.block_config
     x = image
     if "stages" in size:
       x = StdResNet(size["stages"], self.dtype, name="resnet")(x)
     x = PatchEmbed(size["width"], size["patch"], self.dtype, name="embed")(x)
     x = self.add_positions(x)
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
-    x = Encoder(
+    encoder = Encoder(
       size["depth"],
       config,
       self.stochastic_depth,
       self.remat,
       self.scan,
       name="encoder",
-    )(x, train=train)
+    )
+    own_token, tasks = self.pool == "tok", {}
+    if memory is None:
+      x = encoder(x, train=train)
+    else:
+      x, inside = memories.enter(x, memory, own_token=own_token)
+      x, beside = encoder(x, train=train, memory=inside)
+      x, tasks = memories.leave(x, memory, beside, own_token=own_token)
 
     if self.pool == "tok":
       pooled, x = x[:, 0], x[:, 1:]
@@ -207,7 +228,7 @@ class ViT(nn.Module):
       features = size["width"] if self.rep_size is True else self.rep_size
       pooled = nn.Dense(features, dtype=self.dtype, name="pre_logits")(pooled)
       pooled = jnp.tanh(pooled)
-    outputs = {"pooled": pooled, "tokens": x}
+    outputs = {"pooled": pooled, "tokens": x, **tasks}
     if self.num_classes:
       outputs["logits"] = self.head(pooled)
     return outputs

@@ -162,13 +162,15 @@ class Task:
   ) -> dict[str, api.Array]:
     """`logits`, `features` and the truth, [B, ...] or packed [B,M, ...].
 
-    A model without a head has logits of no class.
+    A model without a head has logits of no class; one that answers several
+    tasks also has logits/NAME of each.
     """
     truth = {k: v for k, v in targets.items() if k != "y"}
     features = outputs["pooled"].astype(jnp.float32)
-    logits = outputs.get("logits", features[..., :0])
+    logits = {k: v for k, v in outputs.items() if k.startswith("logits")}
+    logits.setdefault("logits", features[..., :0])
     return {
-      "logits": logits.astype(jnp.float32),
+      **{k: v.astype(jnp.float32) for k, v in logits.items()},
       "features": features,
       **truth,
     }

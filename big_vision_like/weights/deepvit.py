@@ -2,7 +2,7 @@
 
 from big_vision_like.models import deepvit
 from big_vision_like.models.layers import variants
-from big_vision_like.weights import engine
+from big_vision_like.weights import engine, vit
 
 
 def _official(model: deepvit.DeepViT) -> list[engine.Rule]:
@@ -56,6 +56,7 @@ def _block(ours, theirs, heads, *, mixing):
 
 
 LAYOUTS = {"official": _official}
+RESIZE = {"positions": vit.positions("corners")}
 
 
 def _preprocess(model: deepvit.DeepViT) -> dict:

@@ -333,7 +333,7 @@ def import_weights(
     model: the model that shall hold them.
     shapes: of all its variables: "params" and, if it has any, "batch_stats".
     layout: whose names they are; None: recognised from the names.
-    resize: what may be resized to fit, see `to_ours`.
+    resize: what may be resized to fit, see `resize_ours`.
 
   Returns:
     The variables, and the layout.
@@ -366,8 +366,7 @@ def to_ours(
 
   Args:
     tensors, name, model, shapes, layout: see `import_weights`.
-    resize: names in RESIZE of weights/<name>.py: functions of the model, our
-      arrays by path and the shapes by path, which return the arrays resized.
+    resize: see `resize_ours`.
 
   Raises:
     ValueError: if a name is missing or left over, or there is no such resize.
@@ -400,12 +399,41 @@ def to_ours(
   for rule in rules:
     arrays = rule.load(*(tensors[k] for k in rule.theirs))
     flat |= dict(zip(rule.ours, arrays, strict=True))
-  for kind in resize:
-    flat = _resizes(name, kind)(model, flat, _flat_shapes(shapes))
-  variables = trees.unflatten(flat)
+  variables = resize_ours(
+    trees.unflatten(flat), name=name, model=model, shapes=shapes, resize=resize
+  )
   if _is_scanned(shapes):
     variables = stack_blocks(variables)
   return variables, layout
+
+
+def resize_ours(
+  variables: PyTree,
+  *,
+  name: str,
+  model: nn.Module,
+  shapes: PyTree,
+  resize: Sequence[str],
+) -> PyTree:
+  """Fits what the model has in another shape, as the table of positions.
+
+  Args:
+    variables: ours, of a file or of a run.
+    name: of the file in models/ and weights/.
+    model: the model that shall hold them.
+    shapes: of its variables.
+    resize: names in RESIZE of weights/<name>.py: functions of the model, our
+      arrays by path and the shapes by path, which return the arrays resized.
+
+  Raises:
+    ValueError: if there is no such resize.
+  """
+  if not resize:
+    return variables
+  flat = trees.flatten(variables)
+  for kind in resize:
+    flat = _resizes(name, kind)(model, flat, _flat_shapes(shapes))
+  return trees.unflatten(flat)
 
 
 def table(name: str, symbol: str) -> Mapping[str, Any]:

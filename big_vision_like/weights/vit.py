@@ -384,7 +384,8 @@ def positions(kind: str) -> Resize:
     path = "params/pos_embed"
     if path not in variables or variables[path].shape == shapes[path]:
       return variables
-    prefix = 1 if model.pool == "tok" else 0
+    del model
+    prefix = int("params/cls" in variables)
     size = position_table.square(shapes[path][1] - prefix)
     table = position_table.resize_positions(
       variables[path], size, kind=kind, prefix=prefix

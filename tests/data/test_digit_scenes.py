@@ -84,6 +84,50 @@ def test_targets_agree_with_each_other(level):
     assert first[3] == source.label_names[example["label"]]
 
 
+@pytest.mark.parametrize("target", digit_scenes.TARGETS)
+def test_a_target_changes_the_labels_alone(target):
+  plain = Source("validation", level="photo_multi")
+  source = Source("validation", level="photo_multi", target=target)
+  words = [p[2] for p in digit_scenes.PHOTOS]
+  for i in range(20):
+    want, got = plain[i], source[i]
+    boxes = want["objects"]["boxes"]
+    h, w = want["image"].shape[:2]
+    truth = {
+      "digit": want["objects"]["label"],
+      "color": want["objects"]["color"],
+      "background": [words.index(want["caption"].partition(" on ")[2])]
+      * len(boxes),
+      "place": [
+        2 * ((y0 + y1) >= h) + ((x0 + x1) >= w) for x0, y0, x1, y1 in boxes
+      ],
+    }[target]
+    x0, y0, x1, y1 = boxes.T
+    assert got["label"] == truth[np.argmax((x1 - x0) * (y1 - y0))]
+    assert got["multi_label"].shape == (len(source.label_names),)
+    assert set(np.flatnonzero(got["multi_label"])) == set(truth)
+    for key in ("label", "multi_label"):
+      del want[key], got[key]
+    assert_same(want, got)
+
+
+def test_labels_have_names():
+  names = {
+    t: Source("train", "photo", t).label_names for t in ("digit", "color")
+  }
+  assert names["digit"][3] == "three"
+  assert names["color"] == tuple(digit_scenes.COLORS)
+  backgrounds = Source("train", level="photo", target="background").label_names
+  assert len(set(backgrounds)) == len(digit_scenes.PHOTOS)
+  assert backgrounds[:5] == (
+    "astronaut",
+    "cat",
+    "cup of coffee",
+    "rocket",
+    "galaxies",
+  )
+
+
 def test_digits_have_the_colour_that_is_said():
   colors = np.array(list(digit_scenes.COLORS.values()))
   source = Source("train", level="photo_multi")
@@ -297,6 +341,14 @@ def test_len_and_names():
     (
       {"level": "hard"},
       "Unknown level 'hard'.*: plain, plain_multi, photo, photo_multi",
+    ),
+    (
+      {"target": "shape"},
+      "Unknown target 'shape'.*: digit, color, background, place",
+    ),
+    (
+      {"target": "background"},
+      "The level 'plain' of digit_scenes has plain backgrounds",
     ),
     ({"size": 0}, "size of at least 1.*got size=0"),
     ({"seed": -1}, "seed of at least 0; got size=None, seed=-1"),

@@ -44,7 +44,9 @@ def convert(*words):
 
 def scores(run, photo):
   files, _ = predict.find_images([str(photo)])
-  return predict.predict(predict.load_run(run), files, batch_size=1).scores[0]
+  return predict.predict(predict.load_run(run), files, batch_size=1).scores[""][
+    0
+  ]
 
 
 TIMM = {

@@ -22,7 +22,8 @@ import importlib.util
 import math
 import operator
 import os
-from typing import Any, ClassVar
+import re
+from typing import Any
 
 import cv2
 import numpy as np
@@ -61,6 +62,26 @@ PHOTOS = (
   ("sklearn", "datasets/images/china.jpg", "a temple"),
   ("sklearn", "datasets/images/flower.jpg", "a flower"),
 )
+DIGITS = (
+  "zero",
+  "one",
+  "two",
+  "three",
+  "four",
+  "five",
+  "six",
+  "seven",
+  "eight",
+  "nine",
+)
+# What an image can be classified by. Its place is the quarter that the centre
+# of the largest digit lies in.
+TARGETS = {
+  "digit": DIGITS,
+  "color": tuple(COLORS),
+  "background": tuple(re.sub("^an? ", "", p[2]) for p in PHOTOS),
+  "place": ("top left", "top right", "bottom left", "bottom right"),
+}
 TRAIN_DIGITS = 1_300
 TRAIN_WIDTH = 0.75  # the share of a photograph's width seen in training
 GLYPH = 72  # side of an upsampled digit with its margin
@@ -145,37 +166,31 @@ class Source:
   An example has
     image          uint8 [H,W,3]
     id             the index
-    label          class of the largest digit (0 to 9)
-    multi_label    uint8 [10], the classes that occur
+    label          class of the largest digit (0 to 9), or by `target` its
+                   colour, its place, or the photograph behind it
+    multi_label    uint8, the classes that occur
     objects        boxes float32 [O,4] (x0, y0, x1, y1) in pixels, the
                    right and lower edges exclusive; label int32 [O]; color
                    int32 [O], a position in COLORS
     instance_mask  uint8 [H,W], 0 background, else 1 + position in objects
     semantic_mask  uint8 [H,W], 0 background, else 1 + class
     caption        "a large white four and a small red two on a cat"
-  There is at least one digit. Digits do not cover each other.
+  There is at least one digit. Digits do not cover each other. `target` is one
+  of TARGETS; it changes the labels alone.
   """
 
   split: str = "train"
   level: str = "plain"
+  target: str = "digit"
   size: int | None = None
   seed: int = 0
 
-  label_names: ClassVar[tuple[str, ...]] = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-  )
-
   def __post_init__(self):
-    for field, choices in (("split", SIZES), ("level", LEVELS)):
+    for field, choices in (
+      ("split", SIZES),
+      ("level", LEVELS),
+      ("target", TARGETS),
+    ):
       if (value := getattr(self, field)) not in choices:
         raise ValueError(
           f"Unknown {field} {value!r} of digit_scenes. There are: "
@@ -186,6 +201,16 @@ class Source:
         "digit_scenes takes a size of at least 1 and a seed of at least 0; "
         f"got size={self.size}, seed={self.seed}."
       )
+
+    if self.target == "background" and LEVELS[self.level].plain:
+      raise ValueError(
+        f"The level {self.level!r} of digit_scenes has plain backgrounds; "
+        "target='background' is for the levels with photographs."
+      )
+
+  @property
+  def label_names(self) -> tuple[str, ...]:
+    return TARGETS[self.target]
 
   def __len__(self) -> int:
     return SIZES[self.split] if self.size is None else self.size
@@ -200,11 +225,11 @@ class Source:
     level = LEVELS[self.level]
     rng = self._rng(index)
     h, w = _draw_hw(rng, level)
-    image, words = _background(rng, level, h, w, self.split == "train")
-    scene = _Scene(image)
+    image, photo = _background(rng, level, h, w, self.split == "train")
+    scene = _Scene(image, photo)
     for _ in range(rng.integers(level.digits[0], level.digits[1] + 1)):
       scene.draw_digit(rng, level, self.split == "train")
-    return {"id": operator.index(index), **scene.example(words)}
+    return {"id": operator.index(index), **scene.example(self.target)}
 
   def _rng(self, index: int) -> np.random.Generator:
     index = operator.index(index)
@@ -230,12 +255,12 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 def _background(
   rng: np.random.Generator, level: Level, h: int, w: int, train: bool
-) -> tuple[np.ndarray, str]:
-  """An image without digits, and what a caption says of it."""
+) -> tuple[np.ndarray, int | None]:
+  """An image without digits, and which of PHOTOS it is of."""
   if level.plain:
     image = np.empty((h, w, 3), np.uint8)
     image[:] = rng.integers(*level.plain, 3, endpoint=True)
-    return image, "a plain background"
+    return image, None
   which = int(rng.integers(len(PHOTOS)))
   photo = _photos()[which]
   edge = int(photo.shape[1] * TRAIN_WIDTH)
@@ -254,14 +279,14 @@ def _background(
     image = cv2.flip(image, 1)
   levels = np.arange(256) * rng.uniform(0.6, 1.1) + rng.uniform(-20, 30)
   image = cv2.LUT(image, np.clip(levels, 0, 255).astype(np.uint8))
-  return image, PHOTOS[which][2]
+  return image, which
 
 
 class _Scene:
   """An image while digits are drawn onto it."""
 
-  def __init__(self, image: np.ndarray):
-    self.image = image
+  def __init__(self, image: np.ndarray, photo: int | None):
+    self.image, self.photo = image, photo
     self.instance_mask = np.zeros(image.shape[:2], np.uint8)
     self.boxes: list[tuple[int, int, int, int]] = []
     self.labels: list[int] = []
@@ -312,19 +337,25 @@ class _Scene:
     patch[:] = cv2.add(paint, cv2.multiply(patch, 255 - weight, scale=1 / 255))
     return tuple(COLORS).index(name)
 
-  def example(self, background: str) -> dict[str, Any]:
-    """The scene and all its targets."""
+  def example(self, target: str) -> dict[str, Any]:
+    """The scene and all that is known of it, classified by a target."""
     boxes = np.array(self.boxes, np.float32)
     labels = np.array(self.labels, np.int32)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     by_size = np.argsort(-area, kind="stable")
-    multi_label = np.zeros(len(Source.label_names), np.uint8)
-    multi_label[labels] = 1
+    found = {
+      "digit": labels,
+      "color": np.array(self.colors),
+      "background": np.full(len(labels), self.photo),
+      "place": self._places(boxes),
+    }[target]
+    multi_label = np.zeros(len(TARGETS[target]), np.uint8)
+    multi_label[found] = 1
     classes = np.zeros(256, np.uint8)
     classes[1 : 1 + len(labels)] = labels + 1
     return {
       "image": self.image,
-      "label": int(labels[by_size[0]]),
+      "label": int(found[by_size[0]]),
       "multi_label": multi_label,
       "objects": {
         "boxes": boxes,
@@ -333,19 +364,27 @@ class _Scene:
       },
       "instance_mask": self.instance_mask,
       "semantic_mask": cv2.LUT(self.instance_mask, classes),
-      "caption": self._caption(boxes, by_size[:3], background),
+      "caption": self._caption(boxes, by_size[:3]),
     }
 
-  def _caption(
-    self, boxes: np.ndarray, order: np.ndarray, background: str
-  ) -> str:
+  def _places(self, boxes: np.ndarray) -> np.ndarray:
+    """The quarter of the image that the centre of each box lies in."""
+    h, w = self.instance_mask.shape
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    column, row = (2 * centres / (w, h)).astype(int).T
+    return 2 * row + column
+
+  def _caption(self, boxes: np.ndarray, order: np.ndarray) -> str:
+    photo = "a plain background"
+    if self.photo is not None:
+      photo = PHOTOS[self.photo][2]
     large = 0.4 * min(self.instance_mask.shape)
     digits = [
       f"a {'large' if boxes[i, 3] - boxes[i, 1] > large else 'small'} "
-      f"{tuple(COLORS)[self.colors[i]]} {Source.label_names[self.labels[i]]}"
+      f"{tuple(COLORS)[self.colors[i]]} {DIGITS[self.labels[i]]}"
       for i in order
     ]
-    return f"{' and '.join(digits)} on {background}"
+    return f"{' and '.join(digits)} on {photo}"
 
 
 def _warp(glyph: np.ndarray, h: int, w: int, angle: float) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The parts of a pre-norm Transformer: attention over heads, MLP, block."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from big_vision_like import api
+from big_vision_like.models.layers import memory as memories
 from big_vision_like.models.layers.attention import (
   attention,
   attention_weights,
@@ -127,7 +129,12 @@ def tokens_dot_general(
 
 
 class MultiHeadAttention(nn.Module):
-  """Self-attention of `x`, or attention of `x` to the tokens `kv`."""
+  """Self-attention of `x`, or attention of `x` to the tokens `kv`.
+
+  With `memory`, of one block and normalised, self-attention as layers/memory.py
+  has it: the result is what `x` reads, what each class token of a task reads,
+  and the keys and values of the cells. It takes no mask besides.
+  """
 
   config: BlockConfig
 
@@ -141,7 +148,8 @@ class MultiHeadAttention(nn.Module):
     kv_segment_ids: Int[Array, "b s"] | None = None,
     mask: Bool[Array, "#b #k #l #s"] | None = None,
     max_segments: int | None = None,
-  ) -> Float[Array, "b l d"]:
+    memory: memories.Memory | None = None,
+  ) -> Float[Array, "b l d"] | tuple[Float[Array, "b l d"], dict, dict]:
     width, heads = x.shape[-1], self.config.heads
     attends_to_itself = kv is None
     if width % heads:
@@ -150,26 +158,43 @@ class MultiHeadAttention(nn.Module):
       )
     kv = x if kv is None else kv
     features = (heads, width // heads)
-    q, k, v = (
-      checkpoint_name(self.dense(features, name)(tokens), "qkv")
-      for name, tokens in (("query", x), ("key", kv), ("value", kv))
-    )
+    layers = {k: self.dense(features, k) for k in ("query", "key", "value")}
+    norms = {}
     if self.config.qk_norm:
-      q = self.config.head_norm("query_ln")(q)
-      k = self.config.head_norm("key_ln")(k)
+      norms = {k: self.config.head_norm(f"{k}_ln") for k in ("query", "key")}
+
+    def project(name, tokens):
+      y = checkpoint_name(layers[name](tokens), "qkv")
+      return norms[name](y) if name in norms else y
+
+    q, k, v = project("query", x), project("key", kv), project("value", kv)
     if attends_to_itself:
       lend_maps(self, q, k, segment_ids=segment_ids, mask=mask)
-    out = attention(
+    attend = functools.partial(attention, max_segments=max_segments)
+    project_out = self.dense(width, "out", axis=(-2, -1))
+    if memory is None:
+      return project_out(
+        attend(
+          q,
+          k,
+          v,
+          segment_ids=segment_ids,
+          kv_segment_ids=kv_segment_ids,
+          mask=mask,
+          backend=self.config.attention,
+        )
+      )
+    out, of_tasks, folded = memories.attend(
+      project,
+      attend,
+      memories.Keys(k, v, segment_ids),
       q,
-      k,
-      v,
-      segment_ids=segment_ids,
-      kv_segment_ids=kv_segment_ids,
-      mask=mask,
+      memory,
       backend=self.config.attention,
-      max_segments=max_segments,
+      slots=None if segment_ids is None else max_segments,
     )
-    return self.dense(width, "out", axis=(-2, -1))(out)
+    of_tasks = {name: project_out(y) for name, y in of_tasks.items()}
+    return project_out(out), of_tasks, folded
 
   def dense(self, features, name, axis=-1):
     return nn.DenseGeneral(
@@ -213,8 +238,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
   """x + MSA(LN(x)), then x + MLP(LN(x)) (ViT, equations 2 and 3).
 
-  `train` and `max_segments` are fields, since scanned and rematerialised calls
-  take arrays only.
+  With `memory`, of this block, `x` is a pair: the tokens, and by task a class
+  token that goes through the block beside them; the keys and values of the
+  cells are returned too. `train` and `max_segments` are fields, since scanned
+  and rematerialised calls take arrays only.
   """
 
   config: BlockConfig
@@ -224,27 +251,43 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, "b l d"],
+    x: Float[Array, "b l d"] | tuple[Float[Array, "b l d"], dict],
     drop_rate: Float[Array, ""] | None = None,
     segment_ids: Int[Array, "b l"] | None = None,
     mask: Bool[Array, "#b #k #l #l"] | None = None,
-  ) -> tuple[Float[Array, "b l d"], None]:
-    y = MultiHeadAttention(self.config, name="attn")(
-      self.config.layer_norm("ln1")(x),
+    memory: memories.Memory | None = None,
+  ) -> tuple[Float[Array, "b l d"] | tuple[Float[Array, "b l d"], dict], Any]:
+    ln1, ln2 = (self.config.layer_norm(name) for name in ("ln1", "ln2"))
+    mlp = MLP(self.config, name="mlp")
+    attend = functools.partial(
+      MultiHeadAttention(self.config, name="attn"),
       segment_ids=segment_ids,
       mask=mask,
       max_segments=self.max_segments,
     )
-    y = nn.Dropout(self.config.dropout)(y, deterministic=not self.train)
-    x = shard_batch(x + self.drop_branch(y, drop_rate, segment_ids))
-    y = MLP(self.config, name="mlp")(
-      self.config.layer_norm("ln2")(x), train=self.train
-    )
-    x = shard_batch(x + self.drop_branch(y, drop_rate, segment_ids))
+
+    def add_branches(x, y):
+      y = nn.Dropout(self.config.dropout)(y, deterministic=not self.train)
+      x = shard_batch(x + self.drop_branch(y, drop_rate, segment_ids))
+      y = mlp(ln2(x), train=self.train)
+      return shard_batch(x + self.drop_branch(y, drop_rate, segment_ids))
+
+    if memory is None:
+      x = add_branches(x, attend(ln1(x)))
+      self.lend(x, segment_ids)
+      return x, None
+    x, tokens = x
+    y, of_tasks, folded = attend(ln1(x), memory=memory.normalised(ln1, tokens))
+    tokens = {k: add_branches(t, of_tasks[k]) for k, t in tokens.items()}
+    x = add_branches(x, y)
+    self.lend(x, segment_ids)
+    return (x, tokens), folded
+
+  def lend(self, x, segment_ids):
+    """Sows the block's features, see capture.py."""
     self.sow(api.INTERMEDIATES, "features", x)
     if segment_ids is not None:
       self.sow(api.INTERMEDIATES, "segment_ids", segment_ids)
-    return x, None
 
   def drop_branch(self, y, rate, segment_ids):
     """Stochastic depth: leaves the branch out for some of the images."""

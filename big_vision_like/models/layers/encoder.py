@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from big_vision_like.api import INTERMEDIATES, SCANNED, PyTree
+from big_vision_like.models.layers import memory as memories
 from big_vision_like.models.layers.blocks import Block, BlockConfig, shard_batch
 
 # What the backward pass finds saved; it recomputes the rest.
@@ -58,11 +59,19 @@ class Encoder(nn.Module):
     segment_ids: Int[Array, "b l"] | None = None,
     mask: Bool[Array, "#b #k #l #l"] | None = None,
     max_segments: int | None = None,
-  ) -> Float[Array, "b l d"]:
-    """Encodes tokens; `max_segments` is for attention's backends."""
+    memory: memories.Memory | None = None,
+  ) -> Float[Array, "b l d"] | tuple[Float[Array, "b l d"], dict]:
+    """Encodes tokens; `max_segments` is for attention's backends.
+
+    With `memory` also the class tokens of its tasks, by name: they go through
+    the same blocks and the same LayerNorm.
+    """
     block = self.rematerialised()
     settings = dict(config=self.config, train=train, max_segments=max_segments)
-    x = shard_batch(x)
+    x, cells = shard_batch(x), None
+    if memory is not None:
+      cells = memory.replace(tokens={})
+      x = x, dict(memory.tokens)
     rates = None
     if self.stochastic_depth:
       rates = jnp.linspace(0.0, self.stochastic_depth, self.depth)
@@ -71,15 +80,21 @@ class Encoder(nn.Module):
         block,
         variable_axes={"params": 0, INTERMEDIATES: 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast, nn.broadcast),
+        in_axes=(0, nn.broadcast, nn.broadcast, 0),
         length=self.depth,
-      )(**settings, name=SCANNED)(x, rates, segment_ids, mask)
+      )(**settings, name=SCANNED)(x, rates, segment_ids, mask, cells)
     else:
       for i in range(self.depth):
         rate = None if rates is None else rates[i]
         name = f"{SCANNED}_{i}"
-        x, _ = block(**settings, name=name)(x, rate, segment_ids, mask)
-    return self.config.layer_norm("norm")(x) if self.norm else x
+        x, _ = block(**settings, name=name)(
+          x, rate, segment_ids, mask, memories.of_layer(cells, i)
+        )
+    norm = self.config.layer_norm("norm") if self.norm else lambda x: x
+    if memory is None:
+      return norm(x)
+    x, tokens = x
+    return norm(x), {k: norm(t) for k, t in tokens.items()}
 
   def rematerialised(self):
     if self.remat not in REMAT:
