@@ -98,6 +98,31 @@ def naflex_step(
   return _train(model, lambda: model(inputs), work, dtype)
 
 
+def contrastive_loss(
+  name: str, zimg: np.ndarray, ztxt: np.ndarray
+) -> Callable[[], float]:
+  """open_clip's loss, "softmax" or "sigmoid", with all gradients."""
+  torchvision_ops.declare()
+  from open_clip import loss as losses
+
+  z = [torch.from_numpy(x).to(device()).requires_grad_() for x in (zimg, ztxt)]
+  scalars = [
+    torch.tensor(x, device=device(), requires_grad=True) for x in (10.0, -10.0)
+  ]
+  softmax = name == "softmax"
+  loss_fn = losses.ClipLoss() if softmax else losses.SigLipLoss()
+  inputs = [*z, *(scalars[:1] if softmax else scalars)]
+
+  def run() -> float:
+    for x in inputs:
+      x.grad = None
+    loss = loss_fn(*inputs)
+    loss.backward()
+    return loss.item()
+
+  return run
+
+
 def _normalise(image):
   return image.astype(np.float32) / 127.5 - 1
 

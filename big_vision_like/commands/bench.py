@@ -10,6 +10,7 @@
   bench tokens      time and memory of attention, separable and not, by tokens
   bench share       speed of networks by their share of attention layers
   bench kinds       time in products, and in what is bound by memory
+  bench contrastive time and memory of the contrastive losses, chunked and dense
 
 Every ratio is measured in one run, as the median of interleaved rounds. The
 published programs are in the extra `parity`; those that are not installed are
@@ -31,6 +32,7 @@ TABLES = (
   "tokens",
   "share",
   "kinds",
+  "contrastive",
 )
 
 

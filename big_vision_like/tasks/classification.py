@@ -76,13 +76,7 @@ class Task:
         "images of one size, and packed rows hold images of many. Set both to "
         "0, or data.pack to None."
       )
-    if "patches" in batch:
-      inputs = {k: batch[k] for k in PACKED_INPUTS}
-      inputs["patches"] = self._normalise(batch["patches"])
-      mask = batch["example_mask"]
-    else:
-      inputs = {"image": self._normalise(batch["image"])}
-      mask = batch["_mask"]
+    inputs, mask = image_inputs(batch, mean=self.mean, std=self.std)
     targets = self._targets(batch, mask)
     if mixes and rng is not None:
       self._mix(inputs, targets, rng)
@@ -112,16 +106,6 @@ class Task:
     y, x = jax.random.randint(box_rng, (2,), 0, jnp.array([h, w]))
     own = 1.0 - cutmix_box(share, y, x, h=h, w=w).astype(jnp.float32)
     return jnp.where(cut, own, share), jnp.where(cut, own.mean(), share)
-
-  def _normalise(self, pixels):
-    """(pixels / 255 - mean) / std, as one multiply-add on channel-last data."""
-    shape = pixels.shape
-    # A float for all channels needs no view by channel.
-    scale = 1.0 / (255.0 * jnp.asarray(self.std, jnp.float32))
-    shift = -jnp.asarray(self.mean, jnp.float32) / jnp.asarray(self.std)
-    if scale.ndim or shift.ndim:
-      pixels = rearrange(pixels, "... (n c) -> ... n c", c=3)
-    return (pixels.astype(jnp.float32) * scale + shift).reshape(shape)
 
   def _targets(self, batch, mask):
     truth = {k: batch[k] for k in ("label", "multi_label") if k in batch}
@@ -174,6 +158,40 @@ class Task:
       "features": features,
       **truth,
     }
+
+
+def image_inputs(
+  batch: api.Batch,
+  *,
+  mean: float | tuple[float, float, float],
+  std: float | tuple[float, float, float],
+) -> tuple[api.Inputs, api.Array]:
+  """What a model reads of images, and which of them are there.
+
+  Args:
+    batch: stacked or packed.
+    mean: of the pixels in 0..1, a number for all channels or one each.
+    std: likewise.
+
+  Returns:
+    The model's keywords, pixels float32 and normalised; bool [B] or [B,M].
+  """
+  if "patches" not in batch:
+    return {"image": _normalise(batch["image"], mean, std)}, batch["_mask"]
+  inputs = {k: batch[k] for k in PACKED_INPUTS}
+  inputs["patches"] = _normalise(batch["patches"], mean, std)
+  return inputs, batch["example_mask"]
+
+
+def _normalise(pixels, mean, std):
+  """(pixels / 255 - mean) / std, as one multiply-add on channel-last data."""
+  shape = pixels.shape
+  # A float for all channels needs no view by channel.
+  scale = 1.0 / (255.0 * jnp.asarray(std, jnp.float32))
+  shift = -jnp.asarray(mean, jnp.float32) / jnp.asarray(std)
+  if scale.ndim or shift.ndim:
+    pixels = rearrange(pixels, "... (n c) -> ... n c", c=3)
+  return (pixels.astype(jnp.float32) * scale + shift).reshape(shape)
 
 
 def cutmix_box(

@@ -8,6 +8,7 @@ import pytest
 
 from big_vision_like import __main__ as command_line
 from big_vision_like.benchmarks import (
+  contrastive,
   loader,
   measure,
   models,
@@ -170,6 +171,39 @@ def test_wait_table_reads_a_real_run():
   assert row[1] == "4"
   assert float(row[3]) > 0
   assert 0 <= float(row[4].rstrip("%")) <= 100
+
+
+def test_contrastive_table_has_all_forms(monkeypatch):
+  monkeypatch.setattr(contrastive, "installed", lambda: False)
+  small = dict(batches=[64, 128], width=8, repeats=1)
+  rows = contrastive.rows(**small)
+  assert [(row["loss"], row["batch"]) for row in rows] == [
+    ("softmax", 64),
+    ("softmax", 128),
+    ("sigmoid", 64),
+    ("sigmoid", 128),
+  ]
+  for row in rows:
+    assert row["devices"] == 8
+    for form in ("ring", "gather", "dense"):
+      assert row[f"{form}, s"] > 0
+      assert row[f"{form}, MB"] > 0
+    assert row["ring / dense"] > 0
+
+
+def test_contrastive_forms_compute_the_same():
+  args = (*contrastive.embeddings(40, 8), np.float32(10), np.float32(-10))
+  for name in contrastive.LOSSES:
+    some = args[: 3 if name == "softmax" else 4]
+    forms = [contrastive.chunked(name, form) for form in ("ring", "gather")]
+    values = [float(loss(*some)) for loss in [contrastive.dense(name), *forms]]
+    np.testing.assert_allclose(values, values[0], rtol=1e-5)
+
+
+def test_contrastive_devices_are_those_asked_for():
+  table = contrastive.run(batches=[64], devices=2, pairs=16, width=8, repeats=0)
+  rows = [line.split("|") for line in table.splitlines() if "softmax" in line]
+  assert [row[3].strip() for row in rows] == ["2", "4"]
 
 
 def test_verb_prints_one_table(capsys):
