@@ -25,9 +25,24 @@ with leading [B] when stacked and [B,M] when packed. `_mask` bool [B] is False
 for rows that only fill up the batch. What only the host reads stays there
 (HOST_KEYS): `example_id` and `image_hw` (the original size) of each image,
 `broken_id` of those that could not be read, `num_tokens` of each packed row.
+
+Texts (config.data.text) are `text` int32 [B,T] beside stacked images; where an
+image has none, `_mask` is False. Those of the images in a packed row share a
+row too:
+
+  text              int32 [B,L']  tokens of the captions
+  text_segment_ids  int32 [B,L']  0 padding; m + 1: the caption of slot m
+  text_positions    int32 [B,L']  in the caption
+
+A slot m whose m + 1 does not occur has no text. On the host stay `text_id`
+(equal for equal texts, -1 for none) and `text_flags` (see data/text.py).
+
+A model of two towers returns `zimg` and `ztxt`, float32 [B,E] or [B,M,E] of
+length 1 (0 in empty slots), and the scalars `t` and `b` (0 if it has none):
+t * <zimg, ztxt> + b are the logits.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -43,7 +58,14 @@ Outputs = dict[str, Array]  # documented per model; unused ones cost nothing
 Static = tuple[tuple[str, Hashable], ...]  # compile-time keywords of the model
 Example = dict[str, Any]  # one item of a Source, nothing decoded
 
-HOST_KEYS = ("example_id", "image_hw", "broken_id", "num_tokens")
+HOST_KEYS = (
+  "example_id",
+  "image_hw",
+  "broken_id",
+  "num_tokens",
+  "text_id",
+  "text_flags",
+)
 # Mesh axes, in order. The batch is split over the first two.
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -112,7 +134,8 @@ class Source(Protocol):
 
   Items are dicts with `image` (encoded bytes, or uint8 [H,W,3]) and `id` (the
   index), and what the source has of `label` (int), `multi_label` (uint8
-  [classes]), `objects`, masks and `caption`. `label_names` names the classes.
+  [classes]), `objects`, masks and `caption` (str, or a list of several).
+  `label_names` names the classes.
   `hw(i)` is the image's (height, width) without decoding its pixels, `name(i)`
   what a log should call it (its file).
   """
@@ -126,6 +149,20 @@ class Source(Protocol):
   def hw(self, index: int) -> tuple[int, int]: ...
 
   def name(self, index: int) -> str: ...
+
+
+class Tokenizer(Protocol):
+  """Texts to token ids 0 to vocab_size - 1; picklable.
+
+  0 stands for no token and `eos` for the end of a text; calls give neither.
+  `fingerprint` differs where the same ids mean different tokens.
+  """
+
+  vocab_size: int
+  eos: int
+  fingerprint: str
+
+  def __call__(self, text: str) -> list[int]: ...
 
 
 # predict(batch) -> numpy leaves of the global batch, on every process.
@@ -143,6 +180,14 @@ class Batches(Protocol):
     self, *, split: str | None = None, **overrides: Any
   ) -> Iterator[tuple[Batch, dict[str, Any]]]:
     """Yields (device batch, host-only arrays). Each example comes once."""
+
+  def texts(
+    self, texts: Sequence[str]
+  ) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """Batches of the same shapes that hold these texts and no image.
+
+    `example_id` on the host says where text i lies.
+    """
 
 
 class Evaluator(Protocol):

@@ -26,7 +26,8 @@ from big_vision_like import (
   trees,
 )
 from big_vision_like.data import budgets, multi_scale, packing, pipeline
-from big_vision_like.data.batches import BrokenImages
+from big_vision_like.data.batches import Faults
+from big_vision_like.data.text import TextSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Parts:
   batch_spec: api.Batch
   model: nn.Module
   task: api.Task
+  text: TextSpec | None
 
   def init_variables(self, rng: api.Array) -> tuple[api.PyTree, api.PyTree]:
     return train_step.init_variables(
@@ -49,6 +51,16 @@ class Parts:
   @functools.cached_property
   def params_shape(self) -> api.PyTree:
     return jax.eval_shape(self.init_variables, jax.random.key(0))[0]
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """What `run.json` says of the data."""
+    tokenizer = None if self.text is None else self.text.tokenizer.fingerprint
+    return {
+      "data": pipeline.fingerprint(self.source),
+      "label_names": list(self.source.label_names),
+      "tokenizer": tokenizer,
+    }
 
 
 def build(config: ConfigDict) -> Parts:
@@ -64,8 +76,9 @@ def build(config: ConfigDict) -> Parts:
       _check_batch_size(config, mesh, batch_size, where)
   source = make_source(config, config.data.split)
   task = make_task(config, len(source.label_names))
-  model = make_model(config, task.num_classes)
-  train_data = make_train_data(config, source, task.num_classes)
+  text = make_text(config)
+  model = make_model(config, task.num_classes, text)
+  train_data = make_train_data(config, source, task.num_classes, text)
   return Parts(
     config=config,
     mesh=mesh,
@@ -74,6 +87,7 @@ def build(config: ConfigDict) -> Parts:
     batch_spec=pipeline.spec(train_data),
     model=model,
     task=task,
+    text=text,
   )
 
 
@@ -102,10 +116,22 @@ def make_task(config: ConfigDict, num_classes: int) -> api.Task:
 
 
 def make_model(
-  config: ConfigDict, num_classes: int, **changes: Any
+  config: ConfigDict,
+  num_classes: int,
+  text: TextSpec | None = None,
+  **changes: Any,
 ) -> nn.Module:
-  """The model, with `changes` of its settings."""
-  settings = {"num_classes": num_classes, **plain(config.model), **changes}
+  """The model, with `changes` of its settings.
+
+  From the data come the sizes that it takes and its config leaves open.
+  """
+  settings = {**plain(config.model), **changes}
+  name, sizes = settings.get("name"), {"num_classes": num_classes}
+  if text is not None:
+    sizes["vocab_size"] = text.tokenizer.vocab_size
+  for key, size in sizes.items():
+    if name and resolve.takes("models", name, "Model", key):
+      settings.setdefault(key, size)
   return resolve.make("models", "Model", "config.model", settings)
 
 
@@ -129,6 +155,19 @@ def source_model(parts: Parts) -> tuple[str, nn.Module]:
   )
 
 
+def make_text(config: ConfigDict) -> TextSpec | None:
+  """How captions become tokens; None if config.data.text is."""
+  settings = plain(config.data.text)
+  if not settings:
+    return None
+  fields = {f.name for f in dataclasses.fields(TextSpec)} & set(settings)
+  own = {key: settings.pop(key) for key in fields}
+  tokenizer = resolve.make(
+    "data/tokenizers", "Tokenizer", "config.data.text", settings
+  )
+  return TextSpec(tokenizer, **own)
+
+
 def make_source(config: ConfigDict, split: str) -> api.Source:
   settings = plain(config.data.source)
   return resolve.make(
@@ -142,7 +181,12 @@ def _pack(config: ConfigDict) -> packing.PackSpec | None:
   return packing.PackSpec(**plain(config.data.pack))
 
 
-def make_train_data(config: ConfigDict, source: api.Source, num_classes: int):
+def make_train_data(
+  config: ConfigDict,
+  source: api.Source,
+  num_classes: int,
+  text: TextSpec | None = None,
+):
   data = config.data
   pack = _pack(config)
   if pack is None and (data.sizes is not None or data.drop is not None):
@@ -158,6 +202,7 @@ def make_train_data(config: ConfigDict, source: api.Source, num_classes: int):
     drop=None if pack is None else budgets.Drop(**plain(data.drop)),
     scales=data.scales,
     repeats=data.repeats,
+    text=text,
     batch_size=config.batch_size,
     total_steps=config.total_steps,
     seed=config.seed,
@@ -224,6 +269,16 @@ class EvalBatches:
   def __call__(
     self, *, split: str | None = None, **overrides: Any
   ) -> Iterator[tuple[api.Batch, dict[str, Any]]]:
+    dataset, source = self._data(split, overrides)
+    return self._open(dataset, source)
+
+  def texts(
+    self, texts: Sequence[str]
+  ) -> Iterator[tuple[api.Batch, dict[str, Any]]]:
+    dataset, source = self._data(None, {})
+    return self._open(pipeline.text_data(texts, like=dataset), source)
+
+  def _data(self, split, overrides):
     config = self.parts.config
     settings = dict(self.settings) | overrides
     source = make_source(config, split or settings.get("split", "validation"))
@@ -233,16 +288,17 @@ class EvalBatches:
       source,
       ops=config.data.eval_ops,
       pack=_pack(config),
+      text=self.parts.text,
       num_classes=self.parts.task.num_classes,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       **settings,
     )
-    return self._open(dataset, source)
+    return dataset, source
 
   def _open(self, dataset, source):
     data = self.parts.config.data
-    broken = BrokenImages(source.name, max_broken=data.max_broken)
+    faults = Faults(source.name, max_broken=data.max_broken, training=False)
     iterator = pipeline.open_iterator(
       dataset,
       workers=data.workers,
@@ -253,7 +309,7 @@ class EvalBatches:
     try:
       for batch in iterator:
         arrays, host = pipeline.to_device(batch, placed)
-        broken.update(host)
+        faults.update(host)
         yield arrays, host
     finally:
       iterator.close()

@@ -45,7 +45,7 @@ FREE_KEYS = (
   "log_every",
   "checkpoint/.*",
   "evals/.*",
-  "data/(workers|threads|prefetch|max_broken)",
+  "data/(workers|threads|prefetch|max_broken|text/path)",
   "model/(attention|remat)",
 )
 
@@ -300,6 +300,25 @@ def check_same_config(folder: str | os.PathLike, config: str):
       f"The run in {folder} has another config, so it cannot be continued "
       "with this one. Choose another --workdir, or undo these changes (run -> "
       "now):\n" + "\n".join(differing)
+    )
+
+
+def check_same_tokenizer(folder: str | os.PathLike, tokenizer: str | None):
+  """Refuses a tokenizer whose ids mean other tokens to the run in a folder.
+
+  Args:
+    folder: of the run; its `run.json`, if it exists, has the fingerprint.
+    tokenizer: the fingerprint of the one that is to be used; None: no texts.
+  """
+  path = Path(folder) / RUN_FILE
+  stored = (
+    json.loads(path.read_text()).get("tokenizer") if path.exists() else None
+  )
+  if stored and stored != tokenizer:
+    raise ValueError(
+      f"The run in {folder} was trained with another tokenizer (fingerprint "
+      f"{stored}) than config.data.text now gives ({tokenizer}): its model's "
+      "vocabulary would mean other words. Use the same file as then."
     )
 
 

@@ -49,6 +49,12 @@ def resolve(folder: str, name: str, symbol: str) -> Any:
   return getattr(module, symbol)
 
 
+def takes(folder: str, name: str, symbol: str, keyword: str) -> bool:
+  """Whether the object that a name in a config stands for has a keyword."""
+  target = resolve(folder, name, symbol)
+  return keyword in inspect.signature(target).parameters
+
+
 def make(
   folder: str, symbol: str, section: str, settings: dict[str, Any], **extra: Any
 ) -> Any:

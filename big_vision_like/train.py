@@ -101,13 +101,12 @@ class _Run:
     config = self.config
     self.tx, self.lr_fn = build.make_optimizer(parts)
     self.evaluations = build.make_evaluations(parts)
+    identity = parts.identity
+    checkpoint.check_same_tokenizer(folder, identity["tokenizer"])
     record.record_run(
       folder,
       config.to_json_best_effort(),
-      {
-        "data": pipeline.fingerprint(parts.source),
-        "label_names": list(parts.source.label_names),
-      },
+      identity,
       overview=trees.overview(parts.params_shape),
     )
     self.writer = stack.enter_context(observe.Writer(folder))
@@ -124,8 +123,8 @@ class _Run:
     self.recompiles = compilation.RecompileGuard(
       pipeline.specs(parts.train_data), all_static(config)
     )
-    self.broken = batches.BrokenImages(
-      parts.source.name, max_broken=config.data.max_broken
+    self.faults = batches.Faults(
+      parts.source.name, max_broken=config.data.max_broken, training=True
     )
     self.scores: dict[str, float] = {}  # the last of each evaluation
     self.fresh_scores: dict[str, float] = {}  # of the state as it is
@@ -285,7 +284,7 @@ class _Run:
     waited = self.feed.waited
     batch, host = next(self.feed)
     counts = self._count(host)
-    self.broken.update(host)
+    self.faults.update(host)
     static = draw_static(self.config, self.step)
     change = self.recompiles.check(batch, static)
     if change and self.step - self.first_step >= audit.STEPS:

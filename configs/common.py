@@ -66,6 +66,10 @@ def base() -> ConfigDict:
   # Repeated augmentation, for stacked training: an image comes so often in a
   # row, each time augmented anew.
   c.data.repeats = 1
+  # Captions: name = file in data/tokenizers/ (bytes, sentencepiece), what its
+  # `Tokenizer` takes, and length, row (for packed images), pad and clean, see
+  # data/text.py. None reads no captions.
+  c.data.text = None
   # Worker processes (0: none) and reading threads, batches read ahead.
   c.data.workers = 0
   c.data.threads = 2

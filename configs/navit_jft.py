@@ -23,8 +23,8 @@ from big_vision_like.data import sources
 from configs import common
 
 # Steps and cooldown of the four run lengths of Table 2.
-_COOLDOWN = (10_000, 50_000, 100_000, 100_000)
-_STEPS = {
+COOLDOWN = (10_000, 50_000, 100_000, 100_000)
+STEPS = {
   "B/32": (98_000, 240_000, 480_000, 970_000),
   "B/16": (93_000, 230_000, 460_000, 920_000),
   "L/16": (97_000, 240_000, 480_000, 960_000),
@@ -35,7 +35,7 @@ def get_config(arg=None):
   a = common.arguments(
     arg, size="local", data="digit_scenes:plain", steps=0, optim="adafactor"
   )
-  common.check_size(a.size, ("local", *_STEPS), "configs/navit_jft.py")
+  common.check_size(a.size, ("local", *STEPS), "configs/navit_jft.py")
   c = common.base()
   with c.unlocked():
     c.data.source = sources.settings(a.data)
@@ -109,29 +109,38 @@ def _local(c, a):
 
 def _paper(c, a):
   """App. B: resize and token dropping are the only augmentation."""
-  lengths = _STEPS[a.size]
   c.notice = (
     f"JFT-4B is not public. This trains NaViT-{a.size} with the paper's recipe "
     f"on {a.data}."
   )
-  c.total_steps = a.steps or lengths[0]
+  c.total_steps = a.steps or STEPS[a.size][0]
   c.batch_size = 4096
   c.log_every = 100
-  patch = int(a.size.partition("/")[2])
   c.model = dict(name="navit", variant=a.size, dtype="bfloat16", remat="names")
   c.model.head_bias = -10.0
-  c.data.pack = dict(length=(256 // patch) ** 2, patch=patch, max_images=16)
-  c.data.sizes = dict(kind="side", dist="uniform", low=64, high=256)
-  # Table 2 implies these means: 4.9 images in 256 tokens, 5.4 in 64.
-  mean = 0.53 if patch == 16 else 0.58
-  c.data.drop = dict(law="beta", mean=mean, max=0.9)
+  paper_rows(c, a.size)
   c.data.workers = 8
   c.optim.name = a.optim
   c.optim.lr = 8e-4
   c.optim.wd = 0.03
   c.optim.wd_mults = (("head/kernel", 100.0), (".*/kernel", 1.0), (".*", 0.0))
+  paper_schedule(c, a.size)
+
+
+def paper_rows(c, size):
+  """Rows, resolutions and token dropping of sec. 3 and Table 2."""
+  patch = int(size.partition("/")[2])
+  c.data.pack = dict(length=(256 // patch) ** 2, patch=patch, max_images=16)
+  c.data.sizes = dict(kind="side", dist="uniform", low=64, high=256)
+  # Table 2 implies these means: 4.9 images in 256 tokens, 5.4 in 64.
+  mean = 0.53 if patch == 16 else 0.58
+  c.data.drop = dict(law="beta", mean=mean, max=0.9)
+
+
+def paper_schedule(c, size):
+  """That of a run of `c.total_steps`."""
   # Where the run is of a length in Table 2, so is its cooldown.
-  cooldown = dict(zip(lengths, _COOLDOWN)).get(c.total_steps, 0.1)
+  cooldown = dict(zip(STEPS[size], COOLDOWN)).get(c.total_steps, 0.1)
   c.optim.schedule = dict(
     name="rsqrt", warmup=10_000, timescale=10_000, cooldown=cooldown
   )

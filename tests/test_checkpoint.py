@@ -517,3 +517,12 @@ def test_half_deleted_checkpoints_are_gone(tmp_path):
   steps, _ = save_small(tmp_path, [3], keep_last=1)
   assert steps == [3]
   assert [p.name for p in tmp_path.iterdir()] == ["3"]
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_only(tmp_path):
+  checkpoint.check_same_tokenizer(tmp_path, "bytes")  # There is no run yet.
+  file = tmp_path / "run.json"
+  file.write_text(json.dumps({"config": {}, "tokenizer": "0123abc"}))
+  checkpoint.check_same_tokenizer(tmp_path, "0123abc")
+  with pytest.raises(ValueError, match=r"\(fingerprint 0123abc\).*\(bytes\)"):
+    checkpoint.check_same_tokenizer(tmp_path, "bytes")

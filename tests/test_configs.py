@@ -7,7 +7,14 @@ import re
 import pytest
 
 from big_vision_like.data import sources
-from configs import common, deepvit_i1k, memory_transfer, navit_jft, vit_jft
+from configs import (
+  common,
+  deepvit_i1k,
+  memory_transfer,
+  navit_jft,
+  navit_webli,
+  vit_jft,
+)
 
 FILES = sorted(
   p.stem
@@ -34,7 +41,7 @@ def test_unknown_arguments_are_refused(arg, sentence):
 
 
 def test_unknown_sizes_are_listed():
-  for config in (navit_jft, vit_jft):
+  for config in (navit_jft, navit_webli, vit_jft):
     with pytest.raises(ValueError, match=r"no size=H/14.*B/16"):
       config.get_config("size=H/14")
 
@@ -112,6 +119,28 @@ def test_memory_transfer_holds_the_papers_methods():
   assert c.optim.frozen == ("backbone/.*",)
   assert c.model.tasks.digit_scenes.cells == 5
   assert memory_transfer.get_config("method=full").optim.frozen == ()
+
+
+@pytest.mark.parametrize(
+  ("arg", "length", "row"),
+  [
+    ("size=B/32,text=sentencepiece:/t5", 24, 128),
+    ("size=L/16", 64, 341),  # Bytes need more tokens for as many words.
+  ],
+)
+def test_navit_with_texts_follows_the_paper(arg, length, row):
+  c = navit_webli.get_config(arg)
+  c_jft = navit_jft.get_config(arg.partition(",")[0])
+  for key in ("pack", "sizes", "drop"):
+    assert c.data[key] == c_jft.data[key]
+  assert c.optim.schedule == c_jft.optim.schedule
+  assert (c.total_steps, c.batch_size) == (c_jft.total_steps, 4096)
+  assert (c.optim.lr, c.optim.wd) == (3e-3, 1e-6)
+  assert (c.data.text.length, c.data.text.row) == (length, row)
+  assert c.model.text.length == length
+  for key in ("bias", "qk_norm"):
+    assert key not in c.model.image  # NaViT's own defaults.
+  assert (c.model.text.bias, c.model.text.qk_norm) == (False, "layer")
 
 
 @pytest.mark.parametrize("name", FILES)

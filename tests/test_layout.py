@@ -47,6 +47,8 @@ NO_JAX = (
   "data/packing.py",
   "data/budgets.py",
   "data/sources",
+  "data/text.py",
+  "data/tokenizers",
 )
 
 

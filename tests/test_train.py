@@ -33,8 +33,11 @@ def tiny(arg: str = "", module=navit_jft, **changes):
     c.total_steps = 6
     c.batch_size = 8
     c.log_every = 1
+    small = dict(width=24, depth=2, mlp=32, heads=2)
     if c.model.name in ("vit", "navit"):
-      c.model.sizes = dict(width=24, depth=2, mlp=32, heads=2)
+      c.model.sizes = small
+    if c.model.name == "two_towers":
+      c.model.image.sizes = c.model.text.sizes = small
     c.model.dtype = "float32"
     if c.data.pack is not None:
       c.data.pack.length = 64
@@ -103,7 +106,7 @@ def test_every_config_trains(name, tmp_path):
   assert np.isfinite(list(losses(tmp_path).values())).all()
 
 
-@pytest.mark.parametrize("name", ["navit_jft", "vit_jft"])
+@pytest.mark.parametrize("name", ["navit_jft", "navit_webli", "vit_jft"])
 def test_the_paper_s_recipe_trains(name, tmp_path):
   c = tiny("size=B/16", importlib.import_module(f"configs.{name}"))
   c.total_steps = 2
@@ -126,6 +129,7 @@ PAPERS = {
   "mobilevit_i1k": "XXS",
   "mobilevit_v2_i1k": "0.5",
   "navit_jft": "B/16",
+  "navit_webli": "B/16",
   "vit_i1k": "R26+S/32",
   "vit_jft": "B/16",
   "vit_transfer": "B/16",

@@ -1,6 +1,8 @@
 """Converts published weights into a run folder, and back into their layouts.
 
   convert vit_b16.safetensors runs/vit_b16 --model vit --variant B/16
+  convert hf://google/siglip-base-patch16-224 runs/siglip --model two_towers \\
+    --variant google/siglip-base-patch16-224 --tokenizer spiece.model
   convert runs/vit_b16 vit_b16.npz --layout google
 
 What it writes can be used as any run: by predict, and as config.init_from. The
@@ -29,6 +31,7 @@ from big_vision_like import (
   warm_start,
 )
 from big_vision_like.commands import predict
+from big_vision_like.models import two_towers
 from big_vision_like.weights import engine
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -40,10 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("source", help="file of weights, hf://org/name, or a run folder")
   add("target", help="run folder to make, or a file of weights to write")
   add("--model", metavar="NAME", help="of the weights: a file in models/")
-  add("--variant", metavar="V", help="of the model, such as B/16")
+  add("--variant", metavar="V", help="such as B/16, or a published name")
   add("--layout", help="whose names; needed to write, recognised to read")
   add("--set", nargs="+", default=(), metavar="KEY=VALUE", help="of the model")
   add("--resize", nargs="+", default=(), help="what to fit to the model")
+  add("--tokenizer", metavar="FILE", help="sentencepiece model, for texts")
   add("--labels", metavar="FILE", help="names: a line each, or JSON")
   add("--dtype", choices=list(DTYPES), default="float32", help="to write")
 
@@ -67,13 +71,16 @@ def _import(args: argparse.Namespace) -> int:
   path = Path(args.source)
   if args.source.startswith(warm_start.HUB):
     path = warm_start.download(args.source)
-  settings = {"variant": args.variant, **predict.settings(args.set)}
+  published = engine.table(args.model, "PUBLISHED")
+  settings = published.get(args.variant, {"variant": args.variant})
   config, variables, layout = read_published(
     engine.read(path),
     name=args.model,
-    settings=settings,
+    settings={**settings, **predict.settings(args.set)},
     layout=args.layout,
     resize=args.resize,
+    prepared=engine.table(args.model, "PREPARED").get(args.variant),
+    tokenizer=args.tokenizer,
   )
   names = label_names(args.labels, path, config.task.num_classes)
   write_run(Path(args.target), config, variables, names, source=args.source)
@@ -114,6 +121,8 @@ def read_published(
   settings: Mapping[str, Any],
   layout: str | None = None,
   resize: Sequence[str] = (),
+  prepared: Mapping[str, Any] | None = None,
+  tokenizer: str | None = None,
 ) -> tuple[ConfigDict, api.PyTree, str]:
   """A model that computes what the published one does.
 
@@ -124,6 +133,8 @@ def read_published(
       the layout asks for (its GELU, the constant of its LayerNorms, ...).
     layout: whose names they are; None: recognised.
     resize: see `engine.resize_ours`.
+    prepared: how images, and texts, are prepared; None: as the layout says.
+    tokenizer: file of a sentencepiece model, for models of texts.
 
   Returns:
     The sections `model`, `task` and `data` of a config, the variables, and the
@@ -133,15 +144,18 @@ def read_published(
     ValueError: if the arrays are not those of the model, see
       `engine.import_weights`.
   """
-  make = lambda **more: resolve.make(
-    "models", "Model", "--set", {"name": name, **settings, **more}
-  )
-  layout = layout or engine.recognise(tensors, name, make(num_classes=1))
-  wanted = {**_of_layout(name, layout, "SETTINGS", make()), **settings}
-  classes = engine.count_classes(tensors, name, make(num_classes=1), layout)
-  settings = {**wanted, "num_classes": classes}
-  model = make(**settings)
-  prepared = _of_layout(name, layout, "PREPROCESS", model)
+  has_head = resolve.takes("models", name, "Model", "num_classes")
+
+  def make(classes, **more):
+    head = {"num_classes": classes} if has_head else {}
+    more = {"name": name, **settings, **more, **head}
+    return resolve.make("models", "Model", "--set", more)
+
+  layout = layout or engine.recognise(tensors, name, make(1))
+  wanted = {**_of_layout(name, layout, "SETTINGS", make(None)), **settings}
+  classes = engine.count_classes(tensors, name, make(1), layout)
+  model = make(classes, **wanted)
+  prepared = prepared or _of_layout(name, layout, "PREPROCESS", model)
   shapes = jax.eval_shape(
     lambda: model.init(
       jax.random.key(0), train=False, **example_inputs(model, prepared)
@@ -155,18 +169,20 @@ def read_published(
     layout=layout,
     resize=resize,
   )
+  task = dict(name="classification", loss_name="softmax")
+  if isinstance(model, two_towers.TwoTowers):
+    task = dict(name="contrastive", loss_name="sigmoid")
+  task.update(
+    num_classes=classes or 0,
+    mean=tuple(prepared["mean"]),
+    std=tuple(prepared["std"]),
+  )
+  data = _data(model, prepared)
+  if tokenizer is not None:
+    file = dict(name="sentencepiece", path=str(Path(tokenizer).absolute()))
+    data["text"] = {**file, **prepared.get("text", {})}
   config = ConfigDict(
-    dict(
-      model={"name": name, **wanted},
-      task=dict(
-        name="classification",
-        loss_name="softmax",
-        num_classes=classes or 0,
-        mean=tuple(prepared["mean"]),
-        std=tuple(prepared["std"]),
-      ),
-      data=_data(model, prepared),
-    )
+    dict(model={"name": name, **wanted}, task=task, data=data)
   )
   return config, variables, layout
 
@@ -183,6 +199,11 @@ def example_inputs(
   model: nn.Module, prepared: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Zeros of the shapes that a published model takes."""
+  if isinstance(model, two_towers.TwoTowers):
+    inputs = example_inputs(_image_model(model), prepared)
+    tokens = jnp.ones((1, 1), jnp.int32)
+    packed = dict(text_segment_ids=tokens, text_positions=0 * tokens)
+    return inputs | {"text": tokens} | (packed if is_packed(model) else {})
   if is_packed(model):
     side = _patch(model)
     ids = jnp.ones((1, 1), jnp.int32)
@@ -198,11 +219,18 @@ def example_inputs(
 
 def is_packed(model: nn.Module) -> bool:
   """Whether a model reads packed rows."""
-  return "patches" in type(model).__call__.__annotations__
+  return "patches" in type(_image_model(model)).__call__.__annotations__
+
+
+def _image_model(model: nn.Module) -> nn.Module:
+  """The model, or of two towers that of the images."""
+  if isinstance(model, two_towers.TwoTowers):
+    return model.make("image", parent=None)
+  return model
 
 
 def _patch(model: nn.Module) -> int:
-  return int(model.variant.partition("/")[2] or 16)
+  return int(_image_model(model).variant.partition("/")[2] or 16)
 
 
 def _data(model: nn.Module, prepared: Mapping[str, Any]) -> dict[str, Any]:

@@ -198,7 +198,8 @@ def load_run(path: str, *, step: int | str = "latest") -> Run:
   """The model of a run folder with the parameters of a step.
 
   Raises:
-    ValueError: if the folder is not that of a run.
+    ValueError: if the folder is not that of a run, or its tokenizer is another
+      one than the model was trained with.
   """
   stored = record.read_run(path)
   config = ConfigDict(stored["config"])
@@ -206,7 +207,10 @@ def load_run(path: str, *, step: int | str = "latest") -> Run:
   task = build.make_task(config, len(names))
   # The run's attention may be a kernel of other devices than these.
   portable = {"attention": "auto"} if "attention" in config.model else {}
-  model = build.make_model(config, task.num_classes, **portable)
+  text = build.make_text(config) if "text" in config.data else None
+  if text is not None:
+    checkpoint.check_same_tokenizer(path, text.tokenizer.fingerprint)
+  model = build.make_model(config, task.num_classes, text, **portable)
   variables = checkpoint.load_variables(path, step=step)
   labels = attach.labels(model, names, task.loss_name, stored.get("tasks", {}))
   return Run(config, names, model, task, variables, labels)

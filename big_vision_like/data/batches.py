@@ -9,7 +9,7 @@ of hosts, nor any batch on the number of workers and threads that make it.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -21,6 +21,7 @@ from big_vision_like.api import Example
 from big_vision_like.data import ops as ops_lib
 from big_vision_like.data import packing, planning
 from big_vision_like.data.packing import Batch, PackSpec, Slot
+from big_vision_like.data.text import Text, TextFaults, TextSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +119,14 @@ class Reader:
     seed: with an example's position, the key of its random numbers.
     num_classes: the class count; None asks no questions.
     multi_label: the width of `multi_label`; None if the source has none.
+    text: how captions become tokens; None leaves them out.
   """
 
   op: Callable[[Example, np.random.Generator], Example]
   seed: int
   num_classes: int | None
   multi_label: int | None
+  text: TextSpec | None = None
 
   def read(
     self, source: Any, index: int, position: int
@@ -140,6 +143,8 @@ class Reader:
   ) -> tuple[Example, np.random.Generator] | None:
     """The example with pixels and `image_hw`, and the rest of its randomness.
 
+    With texts, it has a `Text` besides.
+
     Returns:
       None if the image is broken.
 
@@ -150,11 +155,15 @@ class Reader:
     try:
       image = ops_lib.decode(example["image"])
       kept = {k: example[k] for k in _KEPT if k in example}
+      caption = example.get("caption")
       example = self.op({**kept, "image": image}, rng)
     except ops_lib.BrokenImage:
       return None
     self._check(example, name)
-    return {**example, "image_hw": image.shape[:2]}, rng
+    example = {**example, "image_hw": image.shape[:2]}
+    if self.text is not None:
+      example["text"] = self.text.read(caption, rng)
+    return example, rng
 
   def _check(self, example: Example, name: Callable[[], str]) -> None:
     label = example.get("label", -1)
@@ -182,15 +191,42 @@ class Reader:
     }
     if self.multi_label is not None:
       arrays["multi_label"] = np.zeros((*shape, self.multi_label), np.uint8)
+    if self.text is not None:
+      arrays |= self.text.blank(*shape)
     return arrays
 
   def write(self, batch: Batch, at: Any, example: Example) -> None:
-    """Copies what is not pixels to the place `at` of a batch."""
+    """Copies to the place `at` of a batch what is neither pixels nor text."""
     batch["label"][at] = example.get("label", -1)
     batch["example_id"][at] = example["id"]
     batch["image_hw"][at] = example["image_hw"]
     if self.multi_label is not None:
       batch["multi_label"][at] = example["multi_label"]
+
+  def write_texts(
+    self, batch: Batch, row: int, examples: dict[int, Example]
+  ) -> None:
+    """Writes the texts of a packed row, given its examples by image slot."""
+    if self.text is not None:
+      texts = {slot: example["text"] for slot, example in examples.items()}
+      self.text.write_row(batch, row, texts)
+
+
+class Faults:
+  """All that is counted of a pass over the data because it is not right."""
+
+  def __init__(
+    self, name: Callable[[int], str], *, max_broken: float, training: bool
+  ):
+    """Sets the limits, see the parts; `training` needs texts."""
+    self.images = BrokenImages(name, max_broken=max_broken)
+    self.texts = TextFaults(required=training)
+
+  def update(self, host: dict[str, np.ndarray]) -> None:
+    """Takes the host's part of a batch; raises where there is too much."""
+    self.images.update(host)
+    if "text_flags" in host:
+      self.texts.update(host)
 
 
 class BrokenImages:
@@ -293,25 +329,20 @@ class PackedBatches(grain.MapDataset):
       return self.slice(step)
     batch = self.blank()
     for j, row in enumerate(self.shard.rows(_within(step, self.steps))):
-      start = 0
+      start, examples = 0, {}
       for number, slot in enumerate(self.plan(row)):
-        start += self._place(batch, j, start, number=number, slot=slot)
+        read = self.reader.read(self.source, slot.index, slot.position)
+        if read is None:
+          batch["broken_id"][j, number] = slot.index
+          continue
+        examples[number], rng = read
+        image, keep = fit(examples[number]["image"], slot, rng, spec=self.spec)
+        self.reader.write(batch, (j, number), examples[number])
+        start += packing.put(
+          batch, j, number, start, image=image, keep=keep, spec=self.spec
+        )
+      self.reader.write_texts(batch, j, examples)
     return batch
-
-  def _place(
-    self, batch: Batch, row: int, start: int, *, number: int, slot: Slot
-  ) -> int:
-    """Reads and writes one image. Returns how many tokens it takes."""
-    read = self.reader.read(self.source, slot.index, slot.position)
-    if read is None:
-      batch["broken_id"][row, number] = slot.index
-      return 0
-    example, rng = read
-    image, keep = fit(example["image"], slot, rng, spec=self.spec)
-    self.reader.write(batch, (row, number), example)
-    return packing.put(
-      batch, row, number, start, image=image, keep=keep, spec=self.spec
-    )
 
 
 class StackedBatches(grain.MapDataset):
@@ -378,6 +409,59 @@ class StackedBatches(grain.MapDataset):
     batch["image"][row] = example["image"]
     batch["_mask"][row] = True
     self.reader.write(batch, row, example)
+    if self.reader.text is not None:
+      self.reader.text.write(batch, row, example["text"])
+
+
+class TextBatches(grain.MapDataset):
+  """Texts alone, in batches of the shapes that `like` has.
+
+  Their images are blank, so that a program that reads pairs reads these too;
+  `example_id` is the number of the text.
+  """
+
+  def __init__(
+    self, texts: Sequence[str], *, like: "PackedBatches | StackedBatches"
+  ):
+    super().__init__()
+    spec, pack = like.reader.text, getattr(like, "spec", None)
+    rng = np.random.default_rng(0)
+    self.texts = [spec.read(text, rng) for text in texts]
+    self.like, self.shard = like, like.shard
+    self.in_row = 1 if pack is None else spec.whole(pack)
+    self.steps = -(-len(texts) // (self.in_row * self.shard.batch_size))
+
+  def __len__(self) -> int:
+    return self.steps
+
+  def __str__(self) -> str:
+    return f"TextBatches({len(self.texts)}, {self.like})"
+
+  def blank(self) -> Batch:
+    """A batch of filler rows."""
+    return self.like.blank()
+
+  def __getitem__(self, step: int | slice) -> Any:
+    if isinstance(step, slice):
+      return self.slice(step)
+    batch = self.blank()
+    for j, row in enumerate(self.shard.rows(_within(step, self.steps))):
+      first = row * self.in_row
+      texts = dict(enumerate(self.texts[first : first + self.in_row]))
+      self._write(batch, j, first, texts)
+    return batch
+
+  def _write(
+    self, batch: Batch, row: int, first: int, texts: dict[int, Text]
+  ) -> None:
+    spec = self.like.reader.text
+    if batch["example_id"].ndim == 1:
+      for text in texts.values():
+        spec.write(batch, row, text)
+        batch["example_id"][row] = first
+      return
+    spec.write_row(batch, row, texts)
+    batch["example_id"][row, : len(texts)] = first + np.arange(len(texts))
 
 
 def _within(step: int, steps: int) -> int:

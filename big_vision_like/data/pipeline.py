@@ -26,11 +26,16 @@ from absl import flags
 from big_vision_like.api import HOST_KEYS, Batch
 from big_vision_like.data import batches, multi_scale, planning
 from big_vision_like.data import ops as ops_lib
-from big_vision_like.data.batches import PackedBatches, StackedBatches
+from big_vision_like.data.batches import (
+  PackedBatches,
+  StackedBatches,
+  TextBatches,
+)
 from big_vision_like.data.budgets import Drop, Sizes
 from big_vision_like.data.multi_scale import MultiScaleBatches
 from big_vision_like.data.packing import PackSpec
 from big_vision_like.data.streams import PackedStream
+from big_vision_like.data.text import TextSpec
 
 # One integer for planned data, a dict that JSON can hold for streams.
 State = int | dict[str, Any]
@@ -45,6 +50,7 @@ def train_data(
   drop: Drop | None = None,
   scales: Sequence[multi_scale.Scale] | None = None,
   repeats: int = 1,
+  text: TextSpec | None = None,
   batch_size: int,
   total_steps: int,
   seed: int,
@@ -63,6 +69,7 @@ def train_data(
     scales: for stacked images, (height, width, B) of which one is drawn for
       each step; `ops` then say {h} and {w}.
     repeats: how often an image of the stack comes in a row, see `Shuffle`.
+    text: how captions become tokens; None leaves them out.
     batch_size: B, rows or images in the global batch; `scales` have their own.
     total_steps: how many batches there are. Only a drop schedule depends on
       it: with any other law, a longer run begins with the same batches.
@@ -81,7 +88,7 @@ def train_data(
 
   def stacked(*, ops: str, batch_size: int, length: int) -> StackedBatches:
     reader, image_shape = _reader(
-      source, ops=ops, seed=seed, num_classes=num_classes
+      source, ops=ops, seed=seed, num_classes=num_classes, text=text
     )
     return StackedBatches(
       source,
@@ -113,7 +120,11 @@ def train_data(
       "data.scales and data.repeats are for stacked images: they need "
       "data.pack = None. Packed rows have data.sizes."
     )
-  reader, _ = _reader(source, ops=ops, seed=seed, num_classes=num_classes)
+  if text is not None:
+    text.check_pack(pack)
+  reader, _ = _reader(
+    source, ops=ops, seed=seed, num_classes=num_classes, text=text
+  )
   shard = batches.Shard(batch_size, process_index, process_count)
   plan = planning.PlannedRows(
     pack,
@@ -135,6 +146,7 @@ def eval_data(
   ops: str,
   pack: PackSpec | None = None,
   tokens: int | None = None,
+  text: TextSpec | None = None,
   batch_size: int,
   limit: int | None = None,
   num_classes: int | None,
@@ -153,6 +165,8 @@ def eval_data(
     tokens: the budget of a packed image, which is resized, up or down, to the
       grid nearest to it and not above; None: that of `pack`, or the native
       size. No image exceeds a row.
+    text: how captions become tokens. A packed row has no more images than it
+      has room for texts of `length`, so that none is cut for another.
     batch_size: B, rows or images in the global batch.
     limit: take only so many examples, spread evenly over the source.
     num_classes: the class count that labels are checked against.
@@ -165,7 +179,7 @@ def eval_data(
   """
   _check_source(source, 0)
   reader, image_shape = _reader(
-    source, ops=ops, seed=0, num_classes=num_classes
+    source, ops=ops, seed=0, num_classes=num_classes, text=text
   )
   shard = batches.Shard(batch_size, process_index, process_count)
   if limit is not None and limit < 1:
@@ -184,8 +198,12 @@ def eval_data(
       shard=shard,
       steps=-(-n // batch_size),
     )
+  planned = pack
+  if text is not None:
+    text.check_pack(pack)
+    planned = dataclasses.replace(pack, max_images=text.whole(pack))
   plan = planning.ExactRows(
-    pack,
+    planned,
     indices=indices,
     hw=functools.partial(_hw, source),
     tokens=pack.eval_tokens if tokens is None else tokens,
@@ -200,6 +218,23 @@ def eval_data(
   )
 
 
+def text_data(
+  texts: Sequence[str], *, like: PackedBatches | StackedBatches
+) -> TextBatches:
+  """Texts without images, in batches of the shapes of an evaluation's.
+
+  Raises:
+    ValueError: if those have no texts, or there is nothing to embed.
+  """
+  if like.reader.text is None:
+    raise ValueError(
+      "Texts are embedded with the tokenizer of the data: set config.data.text."
+    )
+  if not texts:
+    raise ValueError("There are no texts to embed.")
+  return TextBatches(texts, like=like)
+
+
 def _check_source(source: Any, seed: int) -> None:
   if not 1 <= len(source) < 2**32:
     raise ValueError(
@@ -210,10 +245,15 @@ def _check_source(source: Any, seed: int) -> None:
 
 
 def _reader(
-  source: Any, *, ops: str, seed: int, num_classes: int | None
+  source: Any,
+  *,
+  ops: str,
+  seed: int,
+  num_classes: int | None,
+  text: TextSpec | None,
 ) -> tuple[batches.Reader, tuple[int, ...]]:
   """The reader, and the shape of the first image that it reads."""
-  reader = batches.Reader(ops_lib.parse(ops), seed, num_classes, None)
+  reader = batches.Reader(ops_lib.parse(ops), seed, num_classes, None, text)
   for index in range(min(len(source), 100)):
     if (read := reader.read(source, index, index)) is None:
       continue
@@ -248,6 +288,7 @@ def fingerprint(source: Any) -> str:
     image, label = example["image"], example.get("label", -1)
     digest.update(repr((getattr(image, "shape", None), int(label))).encode())
     digest.update(bytes(example.get("multi_label", b"")))
+    digest.update(repr(example.get("caption")).encode(errors="replace"))
     digest.update(bytes(image))
   return digest.hexdigest()[:12]
 
@@ -279,7 +320,11 @@ class BatchIterator:
 
 
 def open_iterator(
-  dataset: PackedBatches | StackedBatches | MultiScaleBatches | PackedStream,
+  dataset: PackedBatches
+  | StackedBatches
+  | MultiScaleBatches
+  | TextBatches
+  | PackedStream,
   *,
   start: State = 0,
   workers: int = 0,
@@ -293,7 +338,7 @@ def open_iterator(
   memory, which has to hold workers * (prefetch + 2) batches.
 
   Args:
-    dataset: from `train_data`, `eval_data` or `packed_stream`.
+    dataset: from `train_data`, `eval_data`, `text_data` or `packed_stream`.
     start: the index of the first batch, or what `get_state` gave.
     workers: processes, which may differ from those of the state, except for
       streams.

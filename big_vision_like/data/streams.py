@@ -17,6 +17,7 @@ from big_vision_like.data import batches, packing, planning
 from big_vision_like.data import ops as ops_lib
 from big_vision_like.data.budgets import Drop, Sizes
 from big_vision_like.data.packing import Batch, PackSpec
+from big_vision_like.data.text import TextSpec
 
 
 class PackedStream(grain.IterDataset):
@@ -116,11 +117,12 @@ class _PackedStreamIterator(grain.DatasetIterator):
     return _Held(id_, state, {**example, "image": image}, keep, tokens)
 
   def _write(self, batch: Batch, row: int, images: list[_Held]) -> None:
-    start = 0
+    start, examples = 0, {}
     for number, held in enumerate(images):
       if held.example is None:
         batch["broken_id"][row, number] = held.id
         continue
+      examples[number] = held.example
       self._dataset.reader.write(batch, (row, number), held.example)
       start += packing.put(
         batch,
@@ -131,6 +133,7 @@ class _PackedStreamIterator(grain.DatasetIterator):
         keep=held.keep,
         spec=self._dataset.spec,
       )
+    self._dataset.reader.write_texts(batch, row, examples)
 
   def get_state(self) -> dict[str, Any]:
     first = min(self._held, default=self._next)
@@ -171,6 +174,7 @@ def packed_stream(
   num_classes: int | None,
   multi_label: bool = False,
   open_rows: int = 32,
+  text: TextSpec | None = None,
   process_count: int = 1,
 ) -> PackedStream:
   """Batches of packed rows of a stream, where there is no random access.
@@ -187,6 +191,7 @@ def packed_stream(
     multi_label: whether examples have `multi_label`.
     open_rows: how many rows are filled at a time. 16 leave about 2.5 % padding
       without dropping, 32 about 2 %.
+    text: how captions become tokens; None leaves them out.
     process_count: how many hosts there are.
 
   Raises:
@@ -197,10 +202,12 @@ def packed_stream(
       "data.drop: the law 'schedule' needs to know how many images training "
       "takes, which a stream does not say."
     )
+  if text is not None:
+    text.check_pack(pack)
   width = num_classes if multi_label else None
   return PackedStream(
     examples,
-    reader=batches.Reader(ops_lib.parse(ops), seed, num_classes, width),
+    reader=batches.Reader(ops_lib.parse(ops), seed, num_classes, width, text),
     spec=pack,
     sizes=sizes or Sizes(kind="native"),
     drop=drop or Drop(),

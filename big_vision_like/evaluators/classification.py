@@ -88,7 +88,7 @@ def gather(predict: api.Predict, batches: Any) -> dict[str, np.ndarray]:
     if "label" in predicted and "multi_label" not in predicted:
       mask = mask & (np.asarray(predicted["label"]) >= 0)
     if "example_id" in host:
-      predicted["example_id"] = _global_rows(host["example_id"])
+      predicted["example_id"] = global_rows(host["example_id"])
     for key, value in predicted.items():
       parts.setdefault(key, []).append(np.asarray(value)[mask])
   data = {key: np.concatenate(values) for key, values in parts.items()}
@@ -100,7 +100,7 @@ def gather(predict: api.Predict, batches: Any) -> dict[str, np.ndarray]:
   return data
 
 
-def _global_rows(rows: np.ndarray) -> np.ndarray:
+def global_rows(rows: np.ndarray) -> np.ndarray:
   """Host rows of all processes in the order of the global batch."""
   return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 

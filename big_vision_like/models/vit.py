@@ -42,6 +42,7 @@ VARIANTS = {
   "H": dict(width=1280, depth=32, mlp=5120, heads=16),
   "g": dict(width=1408, depth=40, mlp=6144, heads=16),
   "G": dict(width=1664, depth=48, mlp=8192, heads=16),
+  "g-opt": dict(width=1536, depth=40, mlp=6144, heads=16),  # of SigLIP 2
 }
 # Hybrids: what may stand before "+", by the number behind the slash. The blocks
 # of the ResNet's stages, and the side of a patch on its map. R50 at 16 has the

@@ -71,19 +71,6 @@ def reshaped(
   )
 
 
-def stacked(ours: Sequence[str], theirs: str) -> Rule:
-  """Equal arrays of all layers, which are the first axis of their one."""
-
-  def load(x):
-    if len(x) != len(ours):
-      raise ValueError(
-        f"{theirs} holds {len(x)} layers, and the model has {len(ours)}."
-      )
-    return tuple(x)
-
-  return Rule(tuple(ours), (theirs,), load, lambda *x: (np.stack(x),))
-
-
 def constant(theirs: str, value: np.ndarray) -> Rule:
   """What they store and we know: dropped at import, written at export."""
   return Rule((), (theirs,), lambda x: (), lambda: (value,))

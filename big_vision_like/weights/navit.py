@@ -10,6 +10,8 @@ Their code pads images to a common length, ours packs them. Layouts:
                     "map", no pooling.
   hf_two_towers     the same in files of a whole Siglip2Model, as Google has
                     published them; the text tower is left out
+  big_vision        SigLIP 2 NaFlex's image tower in big_vision's files, and
+                    big_vision_stacked with its layers in one array
 
 All have biases everywhere, so the model needs bias=True. Names do not tell
 naflexvit_base_patch16_par_gap from _gap: it needs keep_aspect=True. These of
@@ -25,7 +27,7 @@ import numpy as np
 
 from big_vision_like.models import navit
 from big_vision_like.models.layers import variants
-from big_vision_like.weights import engine
+from big_vision_like.weights import engine, shared
 
 _SIGLIP2 = dict(
   position="resized_bilinear", max_grid=16, bias=True, qk_norm=None
@@ -47,6 +49,8 @@ SETTINGS = {
   "timm_layer_scale": _GAP,
   "hf": _SIGLIP2,
   "hf_two_towers": _SIGLIP2,
+  "big_vision": _SIGLIP2,
+  "big_vision_stacked": _SIGLIP2,
 }
 PUBLISHED = {
   "google/siglip2-base-patch16-naflex": dict(variant="B/16", **_SIGLIP2),
@@ -113,7 +117,7 @@ def _timm_block(ours, theirs, size, layer_scale):
     fc2 = [_scaled(*fc2, f"{theirs}.ls2.gamma")]
   return [
     *engine.norm(f"{ours}/ln1", f"{theirs}.norm1"),
-    *engine.fused_heads(_qkv(f"{ours}/attn"), f"{attn}.qkv", heads),
+    *engine.fused_heads(shared.qkv(f"{ours}/attn"), f"{attn}.qkv", heads),
     *out,
     *engine.norm(f"{ours}/ln2", f"{theirs}.norm2"),
     *engine.dense(f"{ours}/mlp/fc1", f"{theirs}.mlp.fc1"),
@@ -135,14 +139,14 @@ def _scaled(kernel, bias, gamma):
 
 
 def _timm_pool(ours, theirs, heads):
-  query, *key_value = _qkv(f"{ours}/attn")
+  query, *key_value = shared.qkv(f"{ours}/attn")
   return [
     engine.same(f"{ours}/probe", f"{theirs}.latent"),
     *engine.heads(query, f"{theirs}.q", heads),
     *engine.fused_heads(key_value, f"{theirs}.kv", heads),
     *engine.heads_out(f"{ours}/attn/out", f"{theirs}.proj", heads),
     *engine.norm(f"{ours}/ln", f"{theirs}.norm"),
-    *_mlp(f"{ours}/mlp", f"{theirs}.mlp"),
+    *shared.mlp(f"{ours}/mlp", f"{theirs}.mlp"),
   ]
 
 
@@ -166,56 +170,23 @@ def _hf(model: navit.NaViT) -> list[engine.Rule]:
       (side, side, width),
       (side**2, width),
     ),
-    *engine.norm("params/encoder/norm", "post_layernorm"),
   ]
-  for i in range(size["depth"]):
-    ours, theirs = f"params/encoder/blocks_{i}", f"encoder.layers.{i}"
-    rules += _hf_block(ours, theirs, size["heads"])
+  rules += shared.siglip_encoder(size["depth"], size["heads"], "post_layernorm")
   if model.pool == "map":
-    rules += _hf_pool("params/pool", "head", size["heads"])
+    rules += shared.siglip_pool(size["heads"])
   return rules
 
 
-def _hf_block(ours, theirs, heads):
-  rules, attn = [], f"{theirs}.self_attn"
-  for path, letter in zip(_qkv(f"{ours}/attn"), "qkv"):
-    rules += engine.heads(path, f"{attn}.{letter}_proj", heads)
-  return [
-    *rules,
-    *engine.heads_out(f"{ours}/attn/out", f"{attn}.out_proj", heads),
-    *engine.norm(f"{ours}/ln1", f"{theirs}.layer_norm1"),
-    *engine.norm(f"{ours}/ln2", f"{theirs}.layer_norm2"),
-    *_mlp(f"{ours}/mlp", f"{theirs}.mlp"),
-  ]
+def _big_vision(model: navit.NaViT) -> list[engine.Rule]:
+  size = variants.sizes(model.variant, navit.VARIANTS, model.sizes)
+  rules = shared.google_dense("embed", "embedding")
+  rules.append(engine.same("params/pos_embed/table", "pos_embedding"))
+  rules += shared.google_encoder("Transformer", size["depth"])
+  return rules + (shared.google_pool() if model.pool == "map" else [])
 
 
-def _hf_pool(ours, theirs, heads):
-  attn = f"{theirs}.attention"
-  # torch's MultiheadAttention writes an underscore: in_proj_weight.
-  fused = [
-    dataclasses.replace(rule, theirs=(rule.theirs[0].replace("#.", "_"),))
-    for rule in engine.fused_heads(
-      _qkv(f"{ours}/attn"), f"{attn}.in_proj#", heads
-    )
-  ]
-  return [
-    engine.same(f"{ours}/probe", f"{theirs}.probe"),
-    *fused,
-    *engine.heads_out(f"{ours}/attn/out", f"{attn}.out_proj", heads),
-    *engine.norm(f"{ours}/ln", f"{theirs}.layernorm"),
-    *_mlp(f"{ours}/mlp", f"{theirs}.mlp"),
-  ]
-
-
-def _mlp(ours, theirs):
-  return [
-    *engine.dense(f"{ours}/fc1", f"{theirs}.fc1"),
-    *engine.dense(f"{ours}/fc2", f"{theirs}.fc2"),
-  ]
-
-
-def _qkv(path):
-  return [f"{path}/{name}" for name in ("query", "key", "value")]
+def _big_vision_stacked(model: navit.NaViT) -> list[engine.Rule]:
+  return shared.google_stacked(_big_vision(model))
 
 
 LAYOUTS = {
@@ -223,16 +194,20 @@ LAYOUTS = {
   "timm_layer_scale": functools.partial(_timm, layer_scale=True),
   "hf": _hf,
   "hf_two_towers": _hf_two_towers,
+  "big_vision": _big_vision,
+  "big_vision_stacked": _big_vision_stacked,
 }
 OTHER_PARTS = {"hf_two_towers": r"text_model\..*|logit_scale|logit_bias"}
 # Images keep their aspect ratio; `size` is the side of a square with as many
 # patches. Crops there are none.
 _COMMON = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0)
 _TIMM = dict(_COMMON, size=384, interpolation="bicubic")
-_HF = dict(_COMMON, size=256, interpolation="bilinear")
+_SIGLIP = dict(_COMMON, size=256, interpolation="bilinear")
 PREPROCESS = {
   "timm": _TIMM,
   "timm_layer_scale": _TIMM,
-  "hf": _HF,
-  "hf_two_towers": _HF,
+  "hf": _SIGLIP,
+  "hf_two_towers": _SIGLIP,
+  "big_vision": _SIGLIP,
+  "big_vision_stacked": _SIGLIP,
 }

@@ -6,7 +6,6 @@ approximation (`gelu="tanh"`); those that timm and transformers trained have the
 exact one. transformers has a LayerNorm epsilon of 1e-12.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from big_vision_like.models import vit
 from big_vision_like.models.layers import position_table
 from big_vision_like.models.layers.resize import pi_resize
-from big_vision_like.weights import engine
+from big_vision_like.weights import engine, shared
 from big_vision_like.weights.engine import Rule, Tensors
 
 _INPUT = dict(mean=(0.5,) * 3, std=(0.5,) * 3, size=vit.IMAGE_SIZE)
@@ -24,10 +23,11 @@ PREPROCESS = {
   "google": _SQUASH,
   "linen": _SQUASH,
   "big_vision": _SQUASH,
-  "big_vision_scan": _SQUASH,
+  "big_vision_stacked": _SQUASH,
   "timm": dict(_INPUT, crop_pct=0.9, interpolation="bicubic"),
   "hf": _SQUASH,
   "hf_modules": _SQUASH,
+  "siglip": _SQUASH,
 }
 # What the model has to be besides its variant.
 _TRANSFORMERS = dict(gelu="exact", ln_eps=1e-12)
@@ -36,25 +36,11 @@ SETTINGS = {
   "hf": _TRANSFORMERS,
   "hf_modules": _TRANSFORMERS,
 }
-_QKV = ("query", "key", "value")
-_PROJECTIONS = (*_QKV, "out")
+# Where positions lie in all of Google's files but big_vision's.
+_POSITIONS = "Transformer/posembed_input/pos_embedding"
 
 
 # Google's ---------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flax:
-  """The numbers that modules have in names, and where positions lie.
-
-  With `scan` the arrays of all layers are stacked, under one name.
-  """
-
-  attention: int
-  ln2: int
-  mlp: int
-  positions: str = "Transformer/posembed_input/pos_embedding"
-  scan: bool = False
 
 
 def google(model: vit.ViT) -> list[Rule]:
@@ -63,12 +49,13 @@ def google(model: vit.ViT) -> list[Rule]:
   Modules are counted together ("MlpBlock_3"), and GroupNorm's vectors are
   [1,1,1,C], as before flax's linen.
   """
-  return _flax(model, _Flax(attention=1, ln2=2, mlp=3), group_norm=_padded)
+  counts = shared.Counts(attention=1, ln2=2, mlp=3)
+  return _flax(model, counts, group_norm=_padded)
 
 
 def linen(model: vit.ViT) -> list[Rule]:
   """The same model saved by today's vision_transformer code."""
-  return _flax(model, _Flax(0, 1, 0), group_norm=_flax_norm)
+  return _flax(model, shared.Counts(), group_norm=shared.google_norm)
 
 
 def big_vision(model: vit.ViT) -> list[Rule]:
@@ -77,53 +64,36 @@ def big_vision(model: vit.ViT) -> list[Rule]:
   Its class token has no position: ours is 0 then, and what is not 0 at export
   goes into the token.
   """
-  names = _Flax(0, 1, 0, positions="pos_embedding")
-  return _flax(model, names, group_norm=_flax_norm)
+  return _flax(
+    model,
+    shared.Counts(),
+    group_norm=shared.google_norm,
+    positions="pos_embedding",
+  )
 
 
-def big_vision_scan(model: vit.ViT) -> list[Rule]:
-  """big_vision's as its models with scan=True are saved."""
-  names = _Flax(0, 1, 0, positions="pos_embedding", scan=True)
-  return _flax(model, names, group_norm=_flax_norm)
+def big_vision_stacked(model: vit.ViT) -> list[Rule]:
+  """The same where big_vision scanned the layers."""
+  return shared.google_stacked(big_vision(model))
 
 
-def _flax(model, names: _Flax, group_norm):
+def _flax(model, counts, group_norm, positions=_POSITIONS):
   size = vit.row(model.variant, model.sizes)
   rules = _hybrid_of_google(size.get("stages"), group_norm)
-  rules += _same_dense("embed", "embedding")
-  rules += _tokens_of_google(model, names)
-  blocks = "encoder/blocks_{}", "Transformer/encoderblock"
-  if names.scan:
-    rules += [
-      engine.stacked([path.format(i) for i in range(size["depth"])], name)
-      for rule in _flax_block(*blocks, names)
-      for path, name in zip(rule.ours, rule.theirs)
-    ]
-  else:
-    for i in range(size["depth"]):
-      ours, theirs = blocks
-      rules += _flax_block(ours.format(i), f"{theirs}_{i}", names)
-  rules += _flax_norm("encoder/norm", "Transformer/encoder_norm")
+  rules += shared.google_dense("embed", "embedding")
+  rules += _tokens_of_google(model, positions)
+  rules += shared.google_encoder("Transformer", size["depth"], counts)
   if model.pool == "map":
-    rules += _map_of_google()
+    rules += shared.google_pool()
   for name in _dense_layers(model):
-    rules += _same_dense(name, name)
+    rules += shared.google_dense(name, name)
   return rules
 
 
-def _flax_block(ours, theirs, names):
-  attention = f"{theirs}/MultiHeadDotProductAttention_{names.attention}"
-  rules = _flax_norm(f"{ours}/ln1", f"{theirs}/LayerNorm_0")
-  for name in _PROJECTIONS:
-    rules += _same_dense(f"{ours}/attn/{name}", f"{attention}/{name}")
-  rules += _flax_norm(f"{ours}/ln2", f"{theirs}/LayerNorm_{names.ln2}")
-  return rules + _flax_mlp(f"{ours}/mlp", f"{theirs}/MlpBlock_{names.mlp}")
-
-
-def _tokens_of_google(model, names):
+def _tokens_of_google(model, theirs):
   token, table = model.pool == "tok", model.position == "learn"
-  positions = "params/pos_embed", names.positions
-  if token and table and names.positions == "pos_embedding":
+  positions = "params/pos_embed", theirs
+  if token and table and theirs != _POSITIONS:
 
     def load(cls, pos):
       return cls, np.pad(pos, ((0, 0), (1, 0), (0, 0)))
@@ -165,30 +135,6 @@ def _units(stages, name, start):
       )
 
 
-def _map_of_google():
-  theirs = "MAPHead_0"
-  attention = f"{theirs}/MultiHeadDotProductAttention_0"
-  rules = [engine.same("params/pool/probe", f"{theirs}/probe")]
-  for name in _PROJECTIONS:
-    rules += _same_dense(f"pool/attn/{name}", f"{attention}/{name}")
-  rules += _flax_norm("pool/ln", f"{theirs}/LayerNorm_0")
-  return rules + _flax_mlp("pool/mlp", f"{theirs}/MlpBlock_0")
-
-
-def _same_dense(ours, theirs):
-  return [
-    engine.same(f"params/{ours}/{x}", f"{theirs}/{x}")
-    for x in ("kernel", "bias")
-  ]
-
-
-def _flax_norm(ours, theirs):
-  return [
-    engine.same(f"params/{ours}/{x}", f"{theirs}/{x}")
-    for x in ("scale", "bias")
-  ]
-
-
 def _padded(ours, theirs):
   def squeeze(x):
     return (x.reshape(-1),)
@@ -199,14 +145,6 @@ def _padded(ours, theirs):
   return [
     Rule((f"params/{ours}/{x}",), (f"{theirs}/{x}",), squeeze, pad)
     for x in ("scale", "bias")
-  ]
-
-
-def _flax_mlp(ours, theirs):
-  return [
-    rule
-    for i in (0, 1)
-    for rule in _same_dense(f"{ours}/fc{i + 1}", f"{theirs}/Dense_{i}")
   ]
 
 
@@ -228,11 +166,11 @@ def timm(model: vit.ViT) -> list[Rule]:
     ours, theirs = f"params/encoder/blocks_{i}", f"blocks.{i}"
     rules += engine.norm(f"{ours}/ln1", f"{theirs}.norm1")
     rules += engine.fused_heads(
-      [f"{ours}/attn/{x}" for x in _QKV], f"{theirs}.attn.qkv", heads
+      shared.qkv(f"{ours}/attn"), f"{theirs}.attn.qkv", heads
     )
     rules += engine.heads_out(f"{ours}/attn/out", f"{theirs}.attn.proj", heads)
     rules += engine.norm(f"{ours}/ln2", f"{theirs}.norm2")
-    rules += _mlp(f"{ours}/mlp", f"{theirs}.mlp")
+    rules += shared.mlp(f"{ours}/mlp", f"{theirs}.mlp")
   rules += engine.norm("params/encoder/norm", "norm")
   if model.pool == "map":
     ours, theirs = "params/pool", "attn_pool"
@@ -243,7 +181,7 @@ def timm(model: vit.ViT) -> list[Rule]:
     )
     rules += engine.heads_out(f"{ours}/attn/out", f"{theirs}.proj", heads)
     rules += engine.norm(f"{ours}/ln", f"{theirs}.norm")
-    rules += _mlp(f"{ours}/mlp", f"{theirs}.mlp")
+    rules += shared.mlp(f"{ours}/mlp", f"{theirs}.mlp")
   return rules + _head(model, pre_logits="pre_logits.fc", head="head")
 
 
@@ -315,7 +253,7 @@ def _hf(model, names):
   for i in range(size["depth"]):
     ours, theirs = f"params/encoder/blocks_{i}", names["layer"].format(i)
     rules += engine.norm(f"{ours}/ln1", f"{theirs}.layernorm_before")
-    for name in _QKV:
+    for name in shared.QKV:
       rules += engine.heads(
         f"{ours}/attn/{name}", f"{theirs}.{names[name]}", heads
       )
@@ -329,6 +267,18 @@ def _hf(model, names):
   return rules + _head(model, pre_logits="vit.pooler.dense", head="classifier")
 
 
+def siglip(model: vit.ViT) -> list[Rule]:
+  """transformers' SiglipVisionModel, which has `pool="map"` and no head."""
+  size = vit.row(model.variant, model.sizes)
+  positions = "embeddings.position_embedding.weight"
+  return [
+    *engine.conv("params/embed", "embeddings.patch_embedding"),
+    shared.row("params/pos_embed", positions),
+    *shared.siglip_encoder(size["depth"], size["heads"], "post_layernorm"),
+    *shared.siglip_pool(size["heads"]),
+  ]
+
+
 def _tokens(model, cls, positions):
   rules = []
   if model.pool == "tok":
@@ -336,14 +286,6 @@ def _tokens(model, cls, positions):
   if model.position == "learn":
     rules.append(engine.same("params/pos_embed", positions))
   return rules
-
-
-def _mlp(ours, theirs):
-  return [
-    rule
-    for fc in ("fc1", "fc2")
-    for rule in engine.dense(f"{ours}/{fc}", f"{theirs}.{fc}")
-  ]
 
 
 def _head(model, **names):
@@ -364,10 +306,11 @@ LAYOUTS = {
   "google": google,
   "linen": linen,
   "big_vision": big_vision,
-  "big_vision_scan": big_vision_scan,
+  "big_vision_stacked": big_vision_stacked,
   "timm": timm,
   "hf": hf,
   "hf_modules": hf_modules,
+  "siglip": siglip,
 }
 
 

@@ -203,6 +203,22 @@ def test_folder_reads_sizes_without_the_exif_rotation(tmp_path):
   assert folder.Source("train", tmp_path, holdout=0).hw(0) == (31, 43)
 
 
+def test_folder_captions_lie_beside_their_images(tmp_path):
+  for name, caption in (
+    ("cat/1", b"a cat\n"),
+    ("cat/deep/2", None),
+    ("dog/3", b"caf\xe9"),
+    ("dog/4.5", b""),
+  ):
+    put(tmp_path / f"{name}.png")
+    if caption is not None:
+      put(tmp_path / f"{name}.txt", caption)
+  put(tmp_path / "cat/deep/4.txt", b"of no image")
+  source = folder.Source("train", tmp_path, holdout=0.0)
+  found = [source[i].get("caption") for i in range(len(source))]
+  assert found == ["a cat\n", None, "caf\ufffd", ""]
+
+
 def test_folder_pickles_to_its_names(tmp_path):
   for i in range(300):
     put(tmp_path / "ant" / f"{i:06}.png", b"")
@@ -590,6 +606,26 @@ def test_tfds_objects_become_boxes_in_pixels(tmp_path):
   assert full["is_crowd"].tolist() == [True]
   assert empty["boxes"].shape == (0, 4)
   assert empty["label"].dtype == np.int32
+
+
+def test_tfds_captions(tmp_path):
+  text = tfds.features.Text()
+  for version, key, feature, value, expected in (
+    ("1.0.0", "caption", text, "Größe", "Größe"),
+    ("2.0.0", "captions", tfds.features.Sequence(text), ["a", "b"], ["a", "b"]),
+    (
+      "3.0.0",
+      "captions",
+      tfds.features.Sequence({"text": text, "id": np.int64}),
+      [{"text": "a", "id": 7}],
+      ["a"],
+    ),
+  ):
+    features = {"image": IMAGE, key: feature, "file_name": text}
+    example = {"image": png(3, 5), key: value, "file_name": "1.png"}
+    prepare(tmp_path, features, {"train": [example]}, version=version)
+    source = tfds_source.Source("train", f"toy:{version}", data_dir=tmp_path)
+    assert source[0]["caption"] == expected
 
 
 def test_tfds_chooses_features(tmp_path):

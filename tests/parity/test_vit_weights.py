@@ -292,12 +292,12 @@ def test_big_vision_may_have_stacked_its_layers(wrapper, tmp_path):
     saved["chrono/seconds"] = np.float32(7)
   np.savez(tmp_path / "scanned.npz", **saved)
   read = engine.read(tmp_path / "scanned.npz")
-  assert_equal(load(read, model, shapes, "big_vision_scan"), variables)
-  assert_equal(export(variables, model, "big_vision_scan"), stacked)
+  assert_equal(load(read, model, shapes, "big_vision_stacked"), variables)
+  assert_equal(export(variables, model, "big_vision_stacked"), stacked)
 
   deeper = ours_of("Ti/16", depth + 1)
   with pytest.raises(ValueError, match="holds 3 layers, and the model has 4"):
-    load(read, deeper, shapes_of(deeper, (48, 48)), "big_vision_scan")
+    load(read, deeper, shapes_of(deeper, (48, 48)), "big_vision_stacked")
 
 
 @pytest.mark.parametrize(

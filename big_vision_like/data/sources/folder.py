@@ -8,7 +8,7 @@ Two layouts are understood:
 In the second, a share `holdout` of the images is the validation split, chosen
 by a hash of each file's name, so that a folder that grows keeps its split.
 Images may lie deeper below a class directory; links are followed; names that
-begin with a dot are ignored.
+begin with a dot are ignored. `cat.txt` beside `cat.jpg` is its caption.
 """
 
 import hashlib
@@ -32,11 +32,14 @@ EXTENSIONS = (
   ".tif",
   ".tiff",
 )
+CAPTION = ".txt"
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "test")}
 
 
 class Source:
-  """The images of a folder as a `Source` (see api.py), with `label`.
+  """The images of a folder as a `Source` (see api.py).
+
+  Examples have `label`, and `caption` where there is one.
 
   Args:
     split: "train" or "validation".
@@ -79,17 +82,28 @@ class Source:
     self._names = b"".join(names)
     self._ends = np.cumsum([len(n) for n in names])
     self._labels = np.array([label for _, label in files], np.int32)
+    captions = {
+      f"{name}/{file}"
+      for name in self.label_names
+      for file in _files(self.root / name, (CAPTION,))
+    }
+    self._has_caption = np.array([_caption(f) in captions for f, _ in files])
 
   def __len__(self) -> int:
     return len(self._labels)
 
   def __getitem__(self, index: int) -> Example:
     index = self._check(index)
+    name = self.name(index)
+    example = {"id": index, "label": int(self._labels[index])}
     try:
-      image = Path(self.name(index)).read_bytes()
+      example["image"] = Path(name).read_bytes()
+      if self._has_caption[index]:
+        text = Path(_caption(name)).read_bytes()
+        example["caption"] = text.decode(errors="replace")
     except OSError as e:
       raise ops.BrokenImage(str(e)) from e
-    return {"id": index, "image": image, "label": int(self._labels[index])}
+    return example
 
   def hw(self, index: int) -> tuple[int, int]:
     return ops.image_hw(self.name(index))
@@ -172,8 +186,17 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
   return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
+def _caption(file: str) -> str:
+  """The name of an image's caption."""
+  return os.path.splitext(file)[0] + CAPTION
+
+
 def _images(directory: Path) -> Iterator[str]:
-  """Names of the images below a directory, relative to it, in order."""
+  return _files(directory, EXTENSIONS)
+
+
+def _files(directory: Path, extensions: tuple[str, ...]) -> Iterator[str]:
+  """Names of the files below a directory, relative to it, in order."""
   seen = set()
 
   def walk(path: str, prefix: str) -> Iterator[str]:
@@ -185,7 +208,7 @@ def _images(directory: Path) -> Iterator[str]:
     for entry in _entries(path):
       if _is_directory(entry):
         yield from walk(entry.path, f"{prefix}{entry.name}/")
-      elif entry.name.lower().endswith(EXTENSIONS):
+      elif entry.name.lower().endswith(extensions):
         yield prefix + entry.name
 
   return walk(str(directory), "")

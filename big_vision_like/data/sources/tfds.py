@@ -23,8 +23,9 @@ FORMAT = "array_record"
 class Source:
   """A prepared data set as a `Source` (see api.py).
 
-  Examples have `label` where the data set has class labels, and `objects`
-  where it has those, with boxes float32 [O,4] as (x0, y0, x1, y1) in pixels.
+  Examples have `label` where the data set has class labels, `objects` where
+  it has those, with boxes float32 [O,4] as (x0, y0, x1, y1) in pixels, and
+  `caption` where it has a text `caption`, or a list of those in `captions`.
 
   Args:
     split: "train", "validation" (the test split of a data set that has only
@@ -61,6 +62,7 @@ class Source:
     self._label = _choose(features, tfds.features.ClassLabel, "label", dataset)
     objects = _object_features(features)
     self._has_objects = "bbox" in objects
+    self._captions = [k for k in ("caption", "captions") if k in features]
     labels = features[self._label] if self._label else objects.get("label")
     self.label_names = tuple(labels.names) if labels else ()
     # TFDS would decode alpha and palettes to arrays that do not fit.
@@ -86,6 +88,8 @@ class Source:
     if self._has_objects:
       hw = ops.image_hw(example["image"])
       example["objects"] = _objects(record["objects"], hw)
+    for key in self._captions:
+      example["caption"] = _caption(record[key])
     return example
 
   def hw(self, index: int) -> tuple[int, int]:
@@ -182,6 +186,15 @@ def _object_features(
   """What is known of each object, if the data set has objects."""
   inner = getattr(dict(features.items()).get("objects"), "feature", None)
   return dict(inner.items()) if hasattr(inner, "items") else {}
+
+
+def _caption(value: Any) -> str | list[str]:
+  """A text, or several: a list, or as COCO has them, with "text" in a dict."""
+  if isinstance(value, dict):
+    value = value["text"]
+  if isinstance(value, bytes):
+    return value.decode(errors="replace")
+  return [_caption(text) for text in value]
 
 
 def _objects(
