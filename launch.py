@@ -18,24 +18,48 @@ _WORKDIR = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the cluster that jax.distributed detects."
 )
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address", None, "HOST:PORT of process 0, where undetected."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many there are, where undetected."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which this is, from 0, where undetected."
+)
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+  "join_timeout", 300, "Seconds to wait for all processes.", lower_bound=1
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+  "heartbeat_timeout",
+  100,
+  "Seconds until a process that was killed is noticed, and the others end.",
+  lower_bound=1,
+)
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.WARNING)
-  if _DISTRIBUTED.value:
-    import jax
-
-    jax.distributed.initialize()
-  # After the flags: the import takes seconds, and `--help` should not.
-  from big_vision_like import train
-
   workdir = _WORKDIR.value or _new_workdir()
+  # After the flags: the import takes seconds, and `--help` should not.
+  from big_vision_like import processes, train
+
+  if _DISTRIBUTED.value:
+    processes.join(
+      workdir,
+      timeout=_JOIN_TIMEOUT.value,
+      heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+      coordinator_address=_COORDINATOR_ADDRESS.value,
+      num_processes=_NUM_PROCESSES.value,
+      process_id=_PROCESS_ID.value,
+    )
   command = shlex.join(["python", "launch.py", *sys.argv[1:]])
   if _WORKDIR.value is None:
     command += f" --workdir {shlex.quote(workdir)}"
-  train.train(_CONFIG.value, workdir, command=command)
+  with processes.end_together():
+    train.train(_CONFIG.value, workdir, command=command)
 
 
 def _new_workdir() -> str:

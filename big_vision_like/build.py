@@ -7,7 +7,7 @@ disagree.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,18 @@ class Parts:
     }
 
 
-def build(config: ConfigDict) -> Parts:
-  """Checks the config and makes its parts; no parameter is allocated yet."""
+def build(
+  config: ConfigDict, *, mesh: jax.sharding.Mesh | None = None
+) -> Parts:
+  """Checks the config and makes its parts; no parameter is allocated yet.
+
+  `mesh` goes before the one that `config.mesh` asks for, such as one of devices
+  that are not here.
+  """
   for key in ("total_steps", "batch_size"):
     if config[key] is None:
       raise ValueError(f"config.{key} is not set.")
-  mesh = sharding.make_mesh(dict(config.mesh))
+  mesh = mesh or sharding.make_mesh(dict(config.mesh))
   _check_batch_size(config, mesh, config.batch_size, "config.batch_size")
   if config.data.scales is not None:
     for h, w, batch_size in multi_scale.check(config.data.scales):
@@ -78,7 +84,7 @@ def build(config: ConfigDict) -> Parts:
   task = make_task(config, len(source.label_names))
   text = make_text(config)
   model = make_model(config, task.num_classes, text)
-  train_data = make_train_data(config, source, task.num_classes, text)
+  train_data = make_train_data(config, source, task.num_classes, mesh, text)
   return Parts(
     config=config,
     mesh=mesh,
@@ -185,9 +191,11 @@ def make_train_data(
   config: ConfigDict,
   source: api.Source,
   num_classes: int,
+  mesh: jax.sharding.Mesh,
   text: TextSpec | None = None,
 ):
   data = config.data
+  parts, part_count = sharding.held_parts(mesh)
   pack = _pack(config)
   if pack is None and (data.sizes is not None or data.drop is not None):
     raise ValueError(
@@ -207,8 +215,8 @@ def make_train_data(
     total_steps=config.total_steps,
     seed=config.seed,
     num_classes=num_classes,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    parts=parts,
+    part_count=part_count,
   )
 
 
@@ -224,29 +232,81 @@ def make_optimizer(
   )
 
 
-def count_step_flops(parts: Parts, tx: optax.GradientTransformation) -> float:
+def make_init(
+  parts: Parts, tx: optax.GradientTransformation
+) -> Callable[[], api.TrainState]:
+  """A function that makes the fresh state of a run."""
+
+  def init():
+    return train_step.init_state(
+      parts.model,
+      parts.task,
+      tx,
+      jax.random.key(parts.config.seed),
+      zeros(parts.batch_spec),
+      frozen=parts.config.optim.frozen,
+      ema=parts.config.ema_decay > 0,
+    )
+
+  return init
+
+
+def abstract_state(
+  parts: Parts, tx: optax.GradientTransformation
+) -> api.TrainState:
+  """Shapes and dtypes of the state, on the shardings of the run."""
+  shapes = jax.eval_shape(make_init(parts, tx))
+  rules = parts.config.sharding
+  rules = sharding.RULES[rules] if isinstance(rules, str) else rules
+  places = sharding.state_shardings(shapes, parts.mesh, rules)
+  return sharding.with_shardings(shapes, places)
+
+
+def jit_train_step(
+  parts: Parts,
+  tx: optax.GradientTransformation,
+  state_shardings: api.TrainState,
+):
+  """The step of `train_step.make_train_step`, jitted; it donates the state."""
+  config = parts.config
+  step = train_step.make_train_step(
+    parts.model,
+    parts.task,
+    tx,
+    frozen=config.optim.frozen,
+    accum_steps=config.accum_steps,
+    ema_decay=config.ema_decay,
+  )
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    static_argnums=2,
+    in_shardings=(state_shardings, sharding.batch_sharding(parts.mesh)),
+    out_shardings=(state_shardings, sharding.replicated(parts.mesh)),
+  )
+
+
+def count_step_flops(
+  parts: Parts, tx: optax.GradientTransformation, *, remat: bool = False
+) -> float:
   """Model FLOPs of a training step on the global batch.
 
   By convention they are those of plain attention without rematerialisation:
   neither what a kernel skips nor what it computes twice counts. Of batches
   with several shapes, which are equally likely, we take the mean.
+
+  With `remat`, what the config has computed twice counts twice.
   """
-  plain = {"attention": "xla", "remat": "none"}
+  plain = (
+    {"attention": "xla"} if remat else {"attention": "xla", "remat": "none"}
+  )
   model = parts.model.clone(
     **{k: v for k, v in plain.items() if hasattr(parts.model, k)}
   )
-  frozen = parts.config.optim.frozen
-  step = train_step.make_train_step(model, parts.task, tx, frozen=frozen)
-  state = jax.eval_shape(
-    lambda: train_step.init_state(
-      model,
-      parts.task,
-      tx,
-      jax.random.key(0),
-      zeros(parts.batch_spec),
-      frozen=frozen,
-    )
+  step = train_step.make_train_step(
+    model, parts.task, tx, frozen=parts.config.optim.frozen
   )
+  state = jax.eval_shape(make_init(dataclasses.replace(parts, model=model), tx))
   specs = pipeline.specs(parts.train_data)
   return sum(flops.count_flops(step, state, s) for s in specs) / len(specs)
 
@@ -284,14 +344,15 @@ class EvalBatches:
     source = make_source(config, split or settings.get("split", "validation"))
     settings.pop("split", None)
     settings.setdefault("batch_size", config.batch_size)
+    parts, part_count = sharding.held_parts(self.parts.mesh)
     dataset = pipeline.eval_data(
       source,
       ops=config.data.eval_ops,
       pack=_pack(config),
       text=self.parts.text,
       num_classes=self.parts.task.num_classes,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      parts=parts,
+      part_count=part_count,
       **settings,
     )
     return dataset, source

@@ -287,8 +287,8 @@ def check_same_config(folder: str | os.PathLike, config: str):
   path = Path(folder) / RUN_FILE
   if not path.exists():
     return
-  stored = _flat_config(json.loads(path.read_text())["config"])
-  current = _flat_config(json.loads(config))
+  stored = _flatten(json.loads(path.read_text())["config"])
+  current = flat_config(config)
   differing = [
     f"  {key}: {stored.get(key, '(absent)')} -> {current.get(key, '(absent)')}"
     for key in dict.fromkeys([*stored, *current])
@@ -325,12 +325,17 @@ def check_same_tokenizer(folder: str | os.PathLike, tokenizer: str | None):
 _ABSENT = object()
 
 
-def _flat_config(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat_config(config: str) -> dict[str, Any]:
+  """The values of a resolved config in JSON, by path such as "optim/lr"."""
+  return _flatten(json.loads(config))
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
   if not isinstance(tree, dict) or not tree:
     return {prefix: tree}
   flat: dict[str, Any] = {}
   for key, value in tree.items():
-    flat |= _flat_config(value, f"{prefix}/{key}" if prefix else key)
+    flat |= _flatten(value, f"{prefix}/{key}" if prefix else key)
   return flat
 
 

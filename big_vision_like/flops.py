@@ -74,8 +74,13 @@ def count_jaxpr(jaxpr: Any, *, padding: bool = False) -> float:
 
 def peak_flops(device: jax.Device) -> float | None:
   """Peak dense bfloat16 FLOP/s of a device; None if we do not know it."""
+  return peak_of_kind(device.device_kind)
+
+
+def peak_of_kind(kind: str) -> float | None:
+  """`peak_flops` of devices that are not here, by their `device_kind`."""
   for regex, peak in _PEAKS:
-    if re.search(regex, device.device_kind):
+    if re.search(regex, kind):
       return peak
   return None
 

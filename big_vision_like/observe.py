@@ -382,19 +382,25 @@ class Interrupt:
   step. A Ctrl-C after the first signal raises KeyboardInterrupt at once; more
   SIGTERMs change nothing. The old handlers come back at the end. Outside the
   main thread, where Python allows no handlers, it does nothing.
+
+  Several processes have to stop at the same step, and none may do so by itself.
+  JAX's preemption service, which `reached_preemption` of the checkpoints asks,
+  settles the step once any process gets a SIGTERM. So there we leave SIGTERM
+  to it, and make one of the first Ctrl-C.
   """
 
   def __init__(self) -> None:
     self.name: str | None = None  # of the first signal
+    self._alone = jax.process_count() == 1
     self._previous: dict[int, Any] = {}
 
   @property
   def requested(self) -> bool:
-    return self.name is not None
+    return self.name is not None and self._alone
 
   def __enter__(self) -> "Interrupt":
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT, signal.SIGTERM):
+      for number in (signal.SIGINT, *[signal.SIGTERM] * self._alone):
         self._previous[number] = signal.signal(number, self._handle)
     return self
 
@@ -406,10 +412,12 @@ class Interrupt:
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
     del frame
-    if self.requested and number == signal.SIGINT:
+    if self.name is not None and number == signal.SIGINT:
       raise KeyboardInterrupt
-    if not self.requested:
+    if self.name is None:
       self.name = signal.Signals(number).name
+      if not self._alone:
+        os.kill(os.getpid(), signal.SIGTERM)
       # Not print: the signal may have come in the middle of one.
       text = f"\n{self.name}: stopping after this step. Ctrl-C: at once.\n"
       os.write(2, text.encode())

@@ -9,7 +9,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,28 +94,36 @@ def as_tuples(tree: Any) -> Any:
 
 def _describe_start() -> dict[str, Any]:
   now = datetime.datetime.now(datetime.UTC)
-  kinds = collections.Counter(d.device_kind for d in jax.devices())
   return {
     "time": now.isoformat(timespec="seconds"),
     "command": sys.argv,
     "host": socket.gethostname(),
     "platform": platform.platform(),
-    "python": platform.python_version(),
-    "versions": _versions(),
+    "versions": versions(),
     "git": git_state(),
-    "devices": dict(kinds),
+    "devices": _kinds(jax.devices()),
     "processes": jax.process_count(),
   }
 
 
-def _versions() -> dict[str, str | None]:
-  versions: dict[str, str | None] = {}
+def versions() -> dict[str, str | None]:
+  """Of Python and the packages that a run depends on."""
+  found: dict[str, str | None] = {"python": platform.python_version()}
   for package in _PACKAGES:
     try:
-      versions[package] = importlib.metadata.version(package)
+      found[package] = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-      versions[package] = None  # run from a checkout that is not installed
-  return versions
+      found[package] = None  # run from a checkout that is not installed
+  return found
+
+
+def local_devices() -> dict[str, int]:
+  """The number of this process's devices, by kind."""
+  return _kinds(jax.local_devices())
+
+
+def _kinds(devices: Sequence[jax.Device]) -> dict[str, int]:
+  return dict(collections.Counter(d.device_kind for d in devices))
 
 
 def git_state(root: Path | None = None) -> dict[str, Any] | None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,6 +46,10 @@ RULES: dict[str, trees.Rules] = {
     (".*", ()),
   ),
 }
+
+
+# Of the parameters in a refusal.
+_SHOWN = 5
 
 
 def make_mesh(
@@ -105,6 +108,22 @@ def check_batch_size(
     )
 
 
+def held_parts(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+  """Which parts of a batch this process's devices hold, and how many there are.
+
+  `batch_sharding` cuts a batch into equal parts, numbered from its first row.
+  Processes that the `tensor` axis joins hold the same parts.
+  """
+  places = mesh.devices.reshape(-1, mesh.shape["tensor"])
+  here = jax.process_index()
+  held = [
+    part
+    for part, devices in enumerate(places)
+    if any(device.process_index == here for device in devices)
+  ]
+  return tuple(held), len(places)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Every device holds the whole array."""
   return NamedSharding(mesh, P())
@@ -129,28 +148,31 @@ def tree_shardings(
     mesh: from `make_mesh`.
     rules: (regex over whole paths, spec). A spec is a tuple with one entry for
       each of the last dimensions: a mesh axis, a tuple of axes or None.
-      Dimensions left of it, and those that do not divide, stay whole; the
-      latter are logged.
+      Dimensions left of it stay whole.
     section: the config section of the rules, for messages.
 
   Raises:
     ValueError: for a parameter without a rule, a spec that is longer than the
       parameter has dimensions, names a mesh axis that does not exist, or
-      names one twice.
+      names one twice; and for dimensions, such as heads or the width, that the
+      mesh does not divide.
   """
-  whole: list[str] = []
+  uneven: list[str] = []
 
   def one(path, leaf):
     name = trees.path_name(path)
     spec = trees.match(name, rules, section)
     _check_spec(name, spec, leaf.shape, mesh, section)
-    return NamedSharding(mesh, _fit(name, spec, leaf.shape, mesh, whole))
+    return NamedSharding(mesh, _fit(name, spec, leaf.shape, mesh, uneven))
 
   shardings = jax.tree_util.tree_map_with_path(one, tree)
-  if whole:
-    logging.warning(
-      "Dimensions that do not divide over their mesh axis stay whole:\n  %s",
-      "\n  ".join(whole),
+  if uneven:
+    shown = uneven[:_SHOWN] + ["..."] * (len(uneven) > _SHOWN)
+    raise ValueError(
+      f"config.mesh does not divide what {section} cuts:\n  "
+      + "\n  ".join(shown)
+      + "\nChoose other sizes of these axes, or put a rule (name, ()), which "
+      "keeps a parameter whole, before the others."
     )
   return shardings
 
@@ -185,14 +207,15 @@ def with_shardings(shapes: api.PyTree, shardings: api.PyTree) -> api.PyTree:
   )
 
 
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def spec_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The mesh axes of an entry of a spec."""
   if entry is None:
     return ()
   return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _check_spec(name, spec, shape, mesh, section):
-  axes = [axis for entry in spec for axis in _axes(entry)]
+  axes = [axis for entry in spec for axis in spec_axes(entry)]
   known = set(axes) <= set(mesh.axis_names)
   if not known or len(set(axes)) < len(axes) or len(spec) > len(shape):
     raise ValueError(
@@ -203,15 +226,15 @@ def _check_spec(name, spec, shape, mesh, section):
     )
 
 
-def _fit(name, spec, shape, mesh, whole):
-  """The spec over all dimensions; what does not divide goes into `whole`."""
+def _fit(name, spec, shape, mesh, uneven):
+  """The spec over all dimensions; what does not divide goes into `uneven`."""
   entries: list[Any] = [None] * (len(shape) - len(spec))
   for dim, entry in enumerate(spec, start=len(entries)):
-    axes = tuple(a for a in _axes(entry) if mesh.shape[a] > 1)
+    axes = tuple(a for a in spec_axes(entry) if mesh.shape[a] > 1)
     parts = math.prod(mesh.shape[a] for a in axes)
     if shape[dim] % parts:
-      whole.append(f"{name} {tuple(shape)}: {shape[dim]} over {axes} {parts}")
-      axes = ()
+      over = " x ".join(f"{a} {mesh.shape[a]}" for a in axes)
+      uneven.append(f"{name} {tuple(shape)}: {shape[dim]} over {over}")
     entries.append(axes[0] if len(axes) == 1 else axes or None)
   return P(*entries) if any(entries) else P()
 

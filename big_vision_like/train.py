@@ -27,6 +27,7 @@ from big_vision_like import (
   flops,
   observe,
   pictures,
+  processes,
   record,
   sharding,
   train_step,
@@ -50,13 +51,20 @@ def train(
     The last scores of all evaluations.
   """
   started = time.time()
+  folder, resolved = Path(workdir), config.to_json_best_effort()
+  processes.agree(
+    {
+      "versions": record.versions(),
+      "code": record.git_state() or {},
+      "config": checkpoint.flat_config(resolved),
+    }
+  )
   if config.notice:
-    print(config.notice, flush=True)
-  print(f"Run folder: {workdir}", flush=True)
-  folder = Path(workdir)
+    _say(config.notice)
+  _say(f"Run folder: {workdir}")
   allocator.keep_freed_memory()
   compilation.enable_compilation_cache()
-  checkpoint.check_same_config(folder, config.to_json_best_effort())
+  checkpoint.check_same_config(folder, resolved)
   parts = build.build(config)
   with (
     jax.set_mesh(parts.mesh),
@@ -103,6 +111,7 @@ class _Run:
     self.evaluations = build.make_evaluations(parts)
     identity = parts.identity
     checkpoint.check_same_tokenizer(folder, identity["tokenizer"])
+    processes.agree({"devices": record.local_devices(), "data": identity})
     record.record_run(
       folder,
       config.to_json_best_effort(),
@@ -117,7 +126,7 @@ class _Run:
     )
     self.state, self.step, position = self._start()
     self.first_step = self.step
-    self.train_step = self._jit_step()
+    self.train_step = build.jit_train_step(parts, self.tx, self.shardings)
     self.measures = build.jit_measures(parts, self.evaluations, self.shardings)
     self.audit = audit.GradientAudit()
     self.recompiles = compilation.RecompileGuard(
@@ -147,30 +156,14 @@ class _Run:
 
     Restored, or fresh, or fresh with imported parameters.
     """
-    config, parts = self.config, self.parts
-    rng = jax.random.key(config.seed)
-
-    def init():
-      return train_step.init_state(
-        parts.model,
-        parts.task,
-        self.tx,
-        rng,
-        build.zeros(parts.batch_spec),
-        frozen=config.optim.frozen,
-        ema=config.ema_decay > 0,
-      )
-
-    shape = jax.eval_shape(init)
-    rules = config.sharding
-    rules = sharding.RULES[rules] if isinstance(rules, str) else rules
-    self.shardings = sharding.state_shardings(shape, parts.mesh, rules)
+    config = self.config
+    abstract = build.abstract_state(self.parts, self.tx)
+    self.shardings = jax.tree.map(lambda x: x.sharding, abstract)
     if self.checkpointer.latest() is not None:
-      state, meta = self.checkpointer.restore(
-        sharding.with_shardings(shape, self.shardings)
-      )
-      print(f"Continuing from step {meta['step']} of {self.folder}.")
+      state, meta = self.checkpointer.restore(abstract)
+      _say(f"Continuing from step {meta['step']} of {self.folder}.")
       return state, meta["step"], meta["data"]
+    init = build.make_init(self.parts, self.tx)
     state = jax.jit(init, out_shardings=self.shardings)()
     if config.init_from:
       state = self._init_from(state)
@@ -199,7 +192,7 @@ class _Run:
     whole, report = warm_start.init_from(
       fresh, loaded, skip=tuple(config.init_skip)
     )
-    print(f"Parameters from {config.init_from}:\n{report}")
+    _say(f"Parameters from {config.init_from}:\n{report}")
     params = {k: whole[k] for k in params}
     params = {**state.params, part: params} if part else params
     model_state = {**state.model_state, **{k: whole[k] for k in own}}
@@ -219,27 +212,9 @@ class _Run:
     filled, report = warm_start.init_from(
       state.model_state[collection], checkpoint.load_variables(path)
     )
-    print(f"{collection.capitalize()} from {path}:\n{report}")
+    _say(f"{collection.capitalize()} from {path}:\n{report}")
     model_state = {**state.model_state, collection: filled}
     return train_step.restart_average(state.replace(model_state=model_state))
-
-  def _jit_step(self):
-    parts, config = self.parts, self.config
-    step = train_step.make_train_step(
-      parts.model,
-      parts.task,
-      self.tx,
-      frozen=config.optim.frozen,
-      accum_steps=config.accum_steps,
-      ema_decay=config.ema_decay,
-    )
-    return jax.jit(
-      step,
-      donate_argnums=0,
-      static_argnums=2,
-      in_shardings=(self.shardings, sharding.batch_sharding(parts.mesh)),
-      out_shardings=(self.shardings, sharding.replicated(parts.mesh)),
-    )
 
   def _open_data(self, position: pipeline.State) -> pipeline.DeviceFeed:
     data = self.config.data
@@ -272,7 +247,7 @@ class _Run:
     self.checkpointer.wait()
     if stop and not last:
       self.progress.close()
-      print(
+      _say(
         f"\nStopped after step {self.step} of {total}; everything is saved in "
         f"{self.folder}. To continue:\n  {self.command}"
       )
@@ -309,13 +284,17 @@ class _Run:
       )
 
   def _count(self, host: dict[str, np.ndarray]) -> dict[str, float]:
-    """Images, and tokens of packed rows, in this process's part of a batch."""
+    """Images, and tokens of packed rows, in a batch.
+
+    Of several processes, each counts its part of the batch for the whole.
+    """
     counts = {"images": int((host["example_id"] >= 0).sum())}
     if "num_tokens" in host:
       counts["tokens"] = int(host["num_tokens"].sum())
       rows = len(host["num_tokens"])
       counts["slots"] = rows * self.config.data.pack.length
-    return counts
+    parts, part_count = sharding.held_parts(self.parts.mesh)
+    return {k: n * part_count // len(parts) for k, n in counts.items()}
 
   def _drain(self):
     """Waits for the dispatched step, so that its loss has been checked."""
@@ -420,6 +399,12 @@ class _Run:
     (self.folder / "summary.txt").write_text(table + "\n")
     print(table)
     print(f"Everything is in {self.folder}.")
+
+
+def _say(text: str):
+  """Prints for all processes once."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
 
 
 def _addressable(batch: api.Batch) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ jits them once with pinned shardings.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -70,6 +71,29 @@ def init_variables(
   return variables.pop("params"), variables
 
 
+def make_loss(model: nn.Module, task: api.Task) -> Callable[..., Any]:
+  """(params, model_state, batch, rng, static) -> loss, (model_state, metrics).
+
+  The loss of training.
+  """
+
+  def loss_fn(params, model_state, batch, rng, static=()):
+    prepare_rng, dropout_rng = jax.random.split(rng)
+    inputs, targets = task.prepare(batch, prepare_rng)
+    outputs, model_state = model.apply(
+      {"params": params, **model_state},
+      train=True,
+      rngs={"dropout": dropout_rng},
+      mutable=list(model_state),
+      **inputs,
+      **dict(static),
+    )
+    loss, metrics = task.loss(outputs, targets)
+    return loss, (dict(model_state), metrics)
+
+  return loss_fn
+
+
 def make_train_step(
   model: nn.Module,
   task: api.Task,
@@ -106,20 +130,10 @@ def make_train_step(
       "would change it. Set accum_steps = 1."
     )
 
-  def loss_fn(trained, constant, model_state, batch, rng, static):
-    params = trees.merge(trained, constant)
-    prepare_rng, dropout_rng = jax.random.split(rng)
-    inputs, targets = task.prepare(batch, prepare_rng)
-    outputs, model_state = model.apply(
-      {"params": params, **model_state},
-      train=True,
-      rngs={"dropout": dropout_rng},
-      mutable=list(model_state),
-      **inputs,
-      **dict(static),
-    )
-    loss, metrics = task.loss(outputs, targets)
-    return loss, (dict(model_state), metrics)
+  loss = make_loss(model, task)
+
+  def loss_fn(trained, constant, *args):
+    return loss(trees.merge(trained, constant), *args)
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 

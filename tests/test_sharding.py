@@ -1,6 +1,7 @@
 """Layout rules on eight simulated devices."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -162,14 +163,37 @@ def test_first_rule_wins():
   }
 
 
-def test_dimensions_that_do_not_divide_stay_whole_and_are_logged(caplog):
+def test_a_mesh_that_does_not_divide_heads_or_width_is_refused():
   mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
-  tree = {"a": np.ones((6, 10)), "b": np.ones((8, 7))}
-  got = sharding.tree_shardings(tree, mesh, ((".*", ("fsdp", "tensor")),))
-  assert specs(got) == {"a": P(None, "tensor"), "b": P("fsdp", None)}
-  (record,) = caplog.records
-  assert "a (6, 10): 6 over ('fsdp',) 4" in record.getMessage()
-  assert "b (8, 7): 7 over ('tensor',) 2" in record.getMessage()
+  shapes = {"attn/query/kernel": (8, 3, 5), "mlp/fc1/kernel": (6, 10)}
+  tree = trees.unflatten({f"a/{k}": np.ones(x) for k, x in shapes.items()})
+  sentence = (
+    "config.mesh does not divide what config.sharding cuts:\n"
+    "  a/attn/query/kernel (8, 3, 5): 3 over tensor 2\n"
+    "  a/mlp/fc1/kernel (6, 10): 6 over fsdp 4\n"
+  )
+  with pytest.raises(ValueError, match=re.escape(sentence)):
+    sharding.tree_shardings(tree, mesh, sharding.RULES["tensor"])
+  whole = (("a/.*", ()), *sharding.RULES["tensor"])
+  got = sharding.tree_shardings(tree, mesh, whole)
+  assert set(specs(got).values()) == {P()}
+
+
+def test_processes_hold_the_parts_that_the_mesh_gives_them(monkeypatch):
+  """Hosts of 2 x 2 chips on a torus of 4 x 4; then with tensor pairs."""
+  rows, columns = np.divmod(np.arange(16), 4)
+  hosts = rows // 2 * 2 + columns // 2
+  devices = np.array([types.SimpleNamespace(process_index=h) for h in hosts])
+  for shape, parts, count in (
+    ((16, 1, 1), (2, 3, 6, 7), 16),
+    ((4, 2, 2), (1, 3), 8),
+    ((1, 1, 16), (0,), 1),
+  ):
+    mesh = types.SimpleNamespace(
+      devices=devices.reshape(shape), shape=dict(zip(api.MESH_AXES, shape))
+    )
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert sharding.held_parts(mesh) == (parts, count)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """What the batch of a step is, as random-access datasets.
 
 Element s of a dataset here is the host-local numpy batch of step s, a pure
-function of the seed and s. Row j of host h is the global row
-s * B + h * B / H + j, so that the global batch does not depend on the number
-of hosts, nor any batch on the number of workers and threads that make it.
+function of the seed and s. Row i of the global batch is row s * B + i of the
+data, on whichever host the mesh puts it, so that the global batch does not
+depend on the number of hosts, nor any batch on the number of workers and
+threads that make it.
 """
 
 import dataclasses
@@ -77,32 +78,40 @@ def _mix(x: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """The part of the global batch that this process makes."""
+  """The rows of the global batch that this process makes.
+
+  The batch is cut into `count` equal parts, and this process makes those whose
+  numbers are in `parts`, in ascending order. A mesh that follows the wires of a
+  pod may give a process parts that are no neighbours, and several processes the
+  same ones; `sharding.held_parts` reads them off the mesh.
+  """
 
   batch_size: int
-  index: int = 0
+  parts: tuple[int, ...] = (0,)
   count: int = 1
 
   def __post_init__(self) -> None:
     if self.batch_size < 1 or self.batch_size % self.count:
       raise ValueError(
         f"The batch size {self.batch_size} is not divisible by the "
-        f"{self.count} processes, each of which makes an equal part of it."
+        f"{self.count} parts that the mesh cuts a batch into."
       )
 
   @property
   def local(self) -> int:
     """Rows of a batch on this process."""
-    return self.batch_size // self.count
+    return self.batch_size // self.count * len(self.parts)
 
-  def rows(self, step: int) -> range:
+  def rows(self, step: int) -> list[int]:
     """The global rows of a step on this process."""
     return self.part(step * self.batch_size)
 
-  def part(self, start: int) -> range:
+  def part(self, start: int) -> list[int]:
     """The global rows on this process of a batch that begins at `start`."""
-    start += self.index * self.local
-    return range(start, start + self.local)
+    size = self.batch_size // self.count
+    return [
+      start + part * size + row for part in self.parts for row in range(size)
+    ]
 
 
 # What classification needs beside the pixels. Ops would have to move boxes and
@@ -385,7 +394,7 @@ class StackedBatches(grain.MapDataset):
       return self.slice(step)
     return self.read(self.shard.rows(_within(step, self.steps)))
 
-  def read(self, positions: range) -> Batch:
+  def read(self, positions: Sequence[int]) -> Batch:
     """The batch of these positions of the stream."""
     batch = self.blank()
     for j, position in enumerate(positions):

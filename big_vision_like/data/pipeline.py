@@ -55,8 +55,8 @@ def train_data(
   total_steps: int,
   seed: int,
   num_classes: int | None,
-  process_index: int = 0,
-  process_count: int = 1,
+  parts: Sequence[int] = (0,),
+  part_count: int = 1,
 ) -> PackedBatches | StackedBatches | MultiScaleBatches:
   """The batches of training: shuffled anew each epoch, without end.
 
@@ -75,11 +75,11 @@ def train_data(
       it: with any other law, a longer run begins with the same batches.
     seed: of everything that is drawn.
     num_classes: the class count that labels are checked against.
-    process_index: which host this is.
-    process_count: how many hosts there are.
+    parts: which of the batch's equal parts this host makes, see `Shard`.
+    part_count: how many parts there are.
 
   Raises:
-    ValueError: if the batch cannot be split among the hosts, the rows have
+    ValueError: if the batch cannot be split into the parts, the rows have
       too few slots for the laws, or settings are given for images that are
       packed and are not, or the other way round.
   """
@@ -96,7 +96,7 @@ def train_data(
       length=length,
       image_shape=image_shape,
       reader=reader,
-      shard=batches.Shard(batch_size, process_index, process_count),
+      shard=batches.Shard(batch_size, tuple(parts), part_count),
       steps=total_steps,
     )
 
@@ -125,7 +125,7 @@ def train_data(
   reader, _ = _reader(
     source, ops=ops, seed=seed, num_classes=num_classes, text=text
   )
-  shard = batches.Shard(batch_size, process_index, process_count)
+  shard = batches.Shard(batch_size, tuple(parts), part_count)
   plan = planning.PlannedRows(
     pack,
     sizes=sizes or Sizes(kind="native"),
@@ -150,8 +150,8 @@ def eval_data(
   batch_size: int,
   limit: int | None = None,
   num_classes: int | None,
-  process_index: int = 0,
-  process_count: int = 1,
+  parts: Sequence[int] = (0,),
+  part_count: int = 1,
 ) -> PackedBatches | StackedBatches:
   """The batches of an evaluation: each example once, none dropped.
 
@@ -170,18 +170,18 @@ def eval_data(
     batch_size: B, rows or images in the global batch.
     limit: take only so many examples, spread evenly over the source.
     num_classes: the class count that labels are checked against.
-    process_index: which host this is.
-    process_count: how many hosts there are.
+    parts: which of the batch's equal parts this host makes, see `Shard`.
+    part_count: how many parts there are.
 
   Raises:
-    ValueError: if the batch cannot be split among the hosts, the budget is
+    ValueError: if the batch cannot be split into the parts, the budget is
       larger than a row, or the limit is less than 1.
   """
   _check_source(source, 0)
   reader, image_shape = _reader(
     source, ops=ops, seed=0, num_classes=num_classes, text=text
   )
-  shard = batches.Shard(batch_size, process_index, process_count)
+  shard = batches.Shard(batch_size, tuple(parts), part_count)
   if limit is not None and limit < 1:
     raise ValueError(f"An evaluation needs 1 or more examples, not {limit}.")
   n = min(limit or len(source), len(source))
@@ -427,9 +427,9 @@ def spec(
 
   Of batches with several shapes, those of the largest.
   """
-  count = dataset.shard.count
+  rows = dataset.shard.batch_size
   return {
-    key: jax.ShapeDtypeStruct((len(x) * count, *x.shape[1:]), x.dtype)
+    key: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
     for key, x in dataset.blank().items()
     if key not in HOST_KEYS
   }

@@ -9,9 +9,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 
 from big_vision_like import api
 
@@ -88,7 +89,7 @@ def gather(predict: api.Predict, batches: Any) -> dict[str, np.ndarray]:
     if "label" in predicted and "multi_label" not in predicted:
       mask = mask & (np.asarray(predicted["label"]) >= 0)
     if "example_id" in host:
-      predicted["example_id"] = global_rows(host["example_id"])
+      predicted["example_id"] = global_rows(batch, host["example_id"])
     for key, value in predicted.items():
       parts.setdefault(key, []).append(np.asarray(value)[mask])
   data = {key: np.concatenate(values) for key, values in parts.items()}
@@ -100,9 +101,26 @@ def gather(predict: api.Predict, batches: Any) -> dict[str, np.ndarray]:
   return data
 
 
-def global_rows(rows: np.ndarray) -> np.ndarray:
-  """Host rows of all processes in the order of the global batch."""
-  return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+def global_rows(
+  batch: api.Batch, rows: Int64[np.ndarray, "b ..."]
+) -> Int64[np.ndarray, "c ..."]:
+  """Host rows of all processes, in the order of the global batch."""
+  if jax.process_count() == 1:
+    return rows
+  array = next(iter(batch.values()))
+  held = {
+    row
+    for shard in array.addressable_shards
+    for row in range(*shard.index[0].indices(len(array)))
+  }
+  # JAX would cut them to 32 bits.
+  halves = np.ascontiguousarray(rows)[..., None].view(np.int32)
+  at, halves = multihost_utils.process_allgather(
+    (np.array(sorted(held), np.int32), halves), tiled=True
+  )
+  out = np.empty((len(array), *rows.shape[1:]), np.int64)
+  out[at] = np.ascontiguousarray(halves).view(np.int64)[..., 0]
+  return out
 
 
 def multi_hot(data: dict[str, np.ndarray]) -> Bool[np.ndarray, "n c"]:

@@ -64,7 +64,7 @@ def embed_pairs(
     mask = np.asarray(out["mask"], bool)
     if "text_id" not in host or not mask.any():
       continue
-    text_id = classification.global_rows(host["text_id"])
+    text_id = classification.global_rows(batch, host["text_id"])
     parts.append([out["zimg"][mask], out["ztxt"][mask], text_id[mask]])
   if not parts:
     raise ValueError(

@@ -82,8 +82,9 @@ def embed_texts(
   """
   found: dict[int, np.ndarray] = {}
   for batch, host in batches.texts(texts):
-    ids = classification.global_rows(host["example_id"])
-    empty = ids[(ids >= 0) & (classification.global_rows(host["text_id"]) < 0)]
+    ids = classification.global_rows(batch, host["example_id"])
+    text_ids = classification.global_rows(batch, host["text_id"])
+    empty = ids[(ids >= 0) & (text_ids < 0)]
     if empty.size:
       raise ValueError(f"The prompt {texts[empty[0]]!r} is an empty text.")
     ztxt = predict(batch)["ztxt"]
@@ -97,7 +98,7 @@ def embed_images(predict: api.Predict, batches) -> dict[str, np.ndarray]:
   """`zimg` and the labels of all images, with a text or without."""
   parts: dict[str, list[np.ndarray]] = {}
   for batch, host in batches:
-    there = classification.global_rows(host["example_id"]) >= 0
+    there = classification.global_rows(batch, host["example_id"]) >= 0
     out = predict(batch)
     for key in ("zimg", "label", "multi_label"):
       if key in out:

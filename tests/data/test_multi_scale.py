@@ -133,14 +133,14 @@ def test_the_stream_of_images_is_the_one_without_scales():
 
 def test_hosts_share_each_batch_and_agree_on_its_shape():
   whole = data()
-  halves = [data(process_index=i, process_count=2) for i in range(2)]
+  halves = [data(parts=(i,), part_count=2) for i in range(2)]
   for step in (0, 5, 13):
     parts = [half[step] for half in halves]
     together = {k: np.concatenate([p[k] for p in parts]) for k in whole[step]}
     assert_same(together, whole[step])
   assert pipeline.spec(halves[0]) == pipeline.spec(whole)
   with pytest.raises(ValueError, match="batch size 12 is not divisible by"):
-    data(process_count=8)
+    data(part_count=8)
 
 
 @pytest.mark.parametrize(

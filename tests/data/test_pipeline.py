@@ -220,11 +220,17 @@ def test_workers_make_the_same_batches_from_any_position():
 @pytest.mark.parametrize("count", [2, 4])
 def test_hosts_make_parts_of_the_same_global_batch(make, count):
   whole = make()
-  parts = [make(process_index=h, process_count=count) for h in range(count)]
+  parts = [make(parts=(h,), part_count=count) for h in range(count)]
   for step in (0, 5):
     local = [part[step] for part in parts]
     joined = {k: np.concatenate([b[k] for b in local]) for k in local[0]}
     assert_same(joined, whole[step])
+
+
+def test_parts_that_are_no_neighbours_keep_their_rows():
+  part = train(parts=(0, 3), part_count=4)
+  for key, x in part[5].items():
+    np.testing.assert_array_equal(x, train()[5][key][[0, 1, 6, 7]])
 
 
 @pytest.mark.parametrize("make", [train, stacked], ids=["packed", "stacked"])
@@ -358,8 +364,7 @@ def test_evaluation_of_stacked_images_is_in_order_and_filled_up():
 def test_hosts_evaluate_equal_steps_and_disjoint_examples(kwargs, count):
   whole = evaluation(**kwargs)
   parts = [
-    evaluation(process_index=h, process_count=count, **kwargs)
-    for h in range(count)
+    evaluation(parts=(h,), part_count=count, **kwargs) for h in range(count)
   ]
   assert {len(part) for part in parts} == {len(whole)}
   for step in range(len(whole)):
@@ -481,8 +486,8 @@ def test_no_label_at_all():
 @pytest.mark.parametrize(
   ("make", "kwargs", "message"),
   [
-    (train, dict(process_count=3), "8 is not divisible by the 3 processes"),
-    (evaluation, dict(process_count=3), "8 is not divisible by the 3 proces"),
+    (train, dict(part_count=3), "8 is not divisible by the 3 parts"),
+    (evaluation, dict(part_count=3), "8 is not divisible by the 3 parts"),
     (train, dict(pack=None), "laws of packed rows: they need data.pack"),
     (evaluation, dict(pack=None, tokens=9), "needs packed rows"),
     (evaluation, dict(tokens=62), "62 tokens do not fit rows of 61"),
@@ -547,7 +552,7 @@ def test_to_device_shards_the_batch_and_keeps_the_rest(placed):
   assert spec == jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), device
   )
-  parts = train(process_index=1, process_count=4)
+  parts = train(parts=(1, 3), part_count=4)
   assert pipeline.spec(parts) == spec
 
 

@@ -180,7 +180,7 @@ def test_packed_captions_belong_to_their_images():
 def test_rows_of_texts_are_a_function_of_seed_and_row():
   data, hosts = packed(Pairs()), []
   for index in range(2):
-    hosts.append(packed(Pairs(), process_index=index, process_count=2))
+    hosts.append(packed(Pairs(), parts=(index,), part_count=2))
   iterator = pipeline.open_iterator(data, start=2, threads=2)
   try:
     batch = next(iterator)
