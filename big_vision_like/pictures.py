@@ -6,6 +6,7 @@ without its global state, so that neither a display nor a notebook matters.
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -413,8 +414,11 @@ def panels(
     else:
       _draw_matrix(figure, axes, part)
     _finish(axes, title, "layer")
+    if not isinstance(part, Mapping):
+      axes.grid(visible=False)
   if note:
-    figure.supxlabel(note, fontsize=8, color="#555555")
+    text = textwrap.fill(note, 58 * len(parts))
+    figure.supxlabel(text, fontsize=8, color="#555555")
   _save(figure, path)
 
 
@@ -435,6 +439,9 @@ def _draw_layers(axes, curves: Mapping[str, np.ndarray]) -> None:
     style = dict(ls="--", lw=1.2) if dashed else dict(lw=1.8, marker=".")
     label = None if name != plain else name
     axes.plot(np.arange(1, len(y) + 1), y, color=colour, label=label, **style)
+  drawn = np.concatenate([y[np.isfinite(y)] for y in curves.values()])
+  if drawn.size and 0 < 100 * drawn.min() < drawn.max():
+    axes.set_yscale("log")
   axes.legend(fontsize=7, frameon=False)
   axes.xaxis.get_major_locator().set_params(integer=True)
 

@@ -29,7 +29,10 @@ ROLL_CALL = "processes"
 _PREFIX = "big_vision_like"
 _POLL = 0.2
 _WATCH = 2.0
-# Beyond our own time limit, so that ours is the message.
+# The coordinator, process 0, stays so long after a failure, or the others would
+# only see it vanish.
+_LINGER = 3 * _WATCH
+# JAX's time limit is so far beyond our own, whose message names the missing.
 _GRACE = 30
 # Values of a difference that a message shows.
 _SHOWN = 5
@@ -55,25 +58,40 @@ def join(
     heartbeat_timeout: seconds after which a process that has died is noticed,
       if it could not say so itself. JAX ends the others then.
     **cluster: what `jax.distributed.initialize` cannot detect.
+
+  Raises:
+    ValueError: if there is no cluster to detect.
   """
   with _roll_call(Path(folder) / ROLL_CALL, timeout):
-    jax.distributed.initialize(
-      initialization_timeout=timeout + _GRACE,
-      heartbeat_timeout_seconds=heartbeat_timeout,
-      **cluster,
-    )
+    try:
+      jax.distributed.initialize(
+        initialization_timeout=timeout + _GRACE,
+        heartbeat_timeout_seconds=heartbeat_timeout,
+        **cluster,
+      )
+    except ValueError as e:
+      raise ValueError(
+        f"jax.distributed detects no cluster here ({e}) Give "
+        "--coordinator_address, --num_processes and --process_id."
+      ) from e
   _set(f"host/{_own()}", socket.gethostname())
 
 
+def hosts() -> dict[int, str]:
+  """The host of each process; {} for a process alone."""
+  return _list("host") if jax.distributed.is_initialized() else {}
+
+
 def agree(
-  facts: Mapping[str, Mapping[str, Any]], *, timeout: float = 300
+  facts: Mapping[str, Mapping[str, Any]], *, timeout: float = 1800
 ) -> None:
   """Returns once all processes have come here with the same facts.
 
   Args:
     facts: by subject; what JSON can hold. All processes call with the same
       subjects, as often as each other.
-    timeout: seconds to wait for all processes.
+    timeout: seconds to wait for all processes. It is for those that are alive
+      and stuck; some take long to read what their data source holds.
 
   Raises:
     ValueError: naming the first process that differs from process 0, its host,
@@ -114,16 +132,20 @@ def end_together() -> Iterator[None]:
     yield
     return
   done = threading.Event()
-  threading.Thread(target=_watch, args=(done,), daemon=True).start()
+  thread = threading.Thread(target=_watch, args=(done,), daemon=True)
+  thread.start()
   try:
     yield
   except BaseException as e:
+    done.set()
     traceback.print_exc()
     _report(f"{type(e).__name__}: {e}")
+    if _own() == 0:
+      time.sleep(_LINGER)
     # A regular exit would wait for processes that wait for this one.
     _exit()
-  finally:
-    done.set()
+  done.set()
+  thread.join()
 
 
 @contextlib.contextmanager
@@ -241,7 +263,7 @@ def _exit() -> None:
 
 
 def _name(index: int) -> str:
-  return f"Process {index} ({_list('host').get(index, 'of an unknown host')})"
+  return f"Process {index} ({hosts().get(index, 'of an unknown host')})"
 
 
 def _own() -> int:

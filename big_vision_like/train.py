@@ -115,7 +115,7 @@ class _Run:
     record.record_run(
       folder,
       config.to_json_best_effort(),
-      identity,
+      {**identity, "hosts": processes.hosts()},
       overview=trees.overview(parts.params_shape),
     )
     self.writer = stack.enter_context(observe.Writer(folder))

@@ -156,7 +156,7 @@ _PRETRAINING = (
 
 
 def start_from(c: ConfigDict, run: str, size: str) -> None:
-  """The model of a run folder and its weights, with a head that starts at 0.
+  """The model of a run folder and its weights; the head is new and starts at 0.
 
   Pixels are normalised as they were. `convert` makes run folders of published
   weights. Without a run, a fresh ViT of a size: only to see that a config runs.

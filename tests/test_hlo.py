@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from big_vision_like import hlo
@@ -127,22 +127,30 @@ def test_loops_of_this_compiler_count_as_often_as_they_run():
   """A gather of the weights in each of seven layers, and one sum at the end."""
   mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
-  @jax.jit
   def program(x, w):
-    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)
-    return x.sum()
+    def layer(x, w):
+      w = jax.lax.all_gather(w, "b", axis=0, tiled=True)
+      return jnp.tanh(x @ w), None
 
-  place = lambda *spec: NamedSharding(mesh, P(*spec))
-  compiled = program.lower(
-    jax.ShapeDtypeStruct((16, 24), jnp.float32, sharding=place("a")),
-    jax.ShapeDtypeStruct((7, 24, 24), jnp.float32, sharding=place(None, "b")),
-  ).compile()
+    x, _ = jax.lax.scan(layer, x, w)
+    return jax.lax.psum(x.sum(), "a")
+
+  sharded = jax.shard_map(
+    program,
+    mesh=mesh,
+    in_specs=(P("a"), P(None, "b")),
+    out_specs=P(),
+    check_vma=False,
+  )
+  shapes = [
+    jax.ShapeDtypeStruct(s, jnp.float32) for s in ((16, 24), (7, 24, 24))
+  ]
+  compiled = jax.jit(sharded).lower(*shapes).compile()
   found = hlo.Program(compiled.as_text()).collectives(8)
   by_op = {c.op: c for c in found}
-  assert by_op["all-gather"].runs == 7
-  assert by_op["all-gather"].bytes == 4 * 24 * 24
-  assert by_op["all-gather"].group == (0, 1, 2, 3)
-  scalar = by_op["all-reduce"]
+  gather, scalar = by_op["all-gather"], by_op["all-reduce"]
+  assert (gather.runs, gather.bytes) == (7, 4 * 24 * 24)
+  assert gather.group == (0, 1, 2, 3)
   assert (scalar.runs, scalar.bytes, scalar.group) == (1, 4, (0, 4))
 
 

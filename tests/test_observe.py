@@ -312,6 +312,22 @@ def test_ctrl_c_once_is_a_wish():
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_of_several_processes_none_stops_by_itself(monkeypatch):
+  """Ctrl-C becomes the SIGTERM that JAX's preemption service waits for."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  seen = []
+  before = signal.signal(signal.SIGTERM, lambda *args: seen.append("SIGTERM"))
+  try:
+    with observe.Interrupt() as interrupt:
+      os.kill(os.getpid(), signal.SIGINT)
+      assert seen == ["SIGTERM"]
+      assert not interrupt.requested
+      with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_handlers_come_back_after_an_error():
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(ValueError, match="inside"), observe.Interrupt():

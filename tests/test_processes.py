@@ -298,6 +298,13 @@ def work(case, tmp_path, flags, **kw):
 HOST = socket.gethostname()
 
 
+def test_without_a_cluster_the_flags_are_named(tmp_path):
+  with work("fine", tmp_path, [[]]) as job:
+    assert job.wait() == [1]
+    assert "detects no cluster here" in job.text(0)
+    assert "Give --coordinator_address, --num_processes" in job.text(0)
+
+
 @pytest.mark.parametrize(
   ("case", "count", "sentence"),
   [

@@ -16,7 +16,14 @@ import pytest
 from PIL import Image
 
 from big_vision_like import __main__ as command_line
-from big_vision_like import build, checkpoint, pictures, sharding, train
+from big_vision_like import (
+  build,
+  checkpoint,
+  pictures,
+  resolve,
+  sharding,
+  train,
+)
 from big_vision_like.models.layers import position_table
 from configs import memory_transfer, navit_jft, vit_i1k, vit_jft, vit_transfer
 
@@ -264,7 +271,7 @@ def test_a_task_is_learned_on_a_frozen_run(backbone, tmp_path):
 @pytest.mark.slow
 def test_a_task_extends_another(backbone, tmp_path):
   """Which stays, bit by bit; so do the backbone and its head."""
-  color, joined, place = (tmp_path / k for k in ("color", "joined", "place"))
+  color, joined, digit = (tmp_path / k for k in ("color", "joined", "digit"))
   data = "data=digit_scenes:plain"
   arg = f"run={backbone},{data}/color,cells=2"
   train.train(tiny(arg, memory_transfer, total_steps=3), color)
@@ -272,15 +279,15 @@ def test_a_task_extends_another(backbone, tmp_path):
   assert command_line.main(["memory", "save", str(color), str(file)]) == 0
   argv = ["memory", "join", str(backbone), str(file), "--to", str(joined)]
   assert command_line.main(argv) == 0
-  arg = f"run={joined},{data}/place,extends=color"
+  arg = f"run={joined},{data}/digit,extends=color"
   c = tiny(arg, memory_transfer, total_steps=3)
-  assert c.model.tasks.place.extends == ("color",)
-  train.train(c, place)
-  old, new = params(joined), params(place)
+  assert c.model.tasks.digit.extends == ("color",)
+  train.train(c, digit)
+  old, new = params(joined), params(digit)
   for part in (lambda p: p["backbone"], lambda p: p["tasks"]["color"]):
     jax.tree.map(np.testing.assert_array_equal, part(new), part(old))
   assert old["backbone"]["head"]["kernel"].shape == (24, 10)
-  assert np.abs(new["tasks"]["place"]["head"]["kernel"]).max() > 0
+  assert np.abs(new["tasks"]["digit"]["head"]["kernel"]).max() > 0
 
 
 @pytest.mark.slow
@@ -297,11 +304,8 @@ def test_baselines_train_what_they_say(backbone, tmp_path, method):
   assert all(jax.tree.leaves(same)) == (method != "full")
 
 
-def test_a_student_learns_from_the_teacher_of_another_run(tmp_path):
-  teacher = tiny("", vit_jft)
-  teacher.total_steps = 2
-  train.train(teacher, tmp_path / "teacher")
-  c = tiny("", vit_jft, total_steps=2)
+def distillation(**changes):
+  c = tiny("", vit_jft, **changes)
   with c.unlocked():
     student = c.model.to_dict()
     del student["name"]
@@ -311,6 +315,15 @@ def test_a_student_learns_from_the_teacher_of_another_run(tmp_path):
       teacher=dict(name="vit", **student),
     )
     c.task = dict(name="distillation", labels="multi_label")
+  return c
+
+
+def test_a_student_learns_from_the_teacher_of_another_run(tmp_path):
+  teacher = tiny("", vit_jft)
+  teacher.total_steps = 2
+  train.train(teacher, tmp_path / "teacher")
+  c = distillation(total_steps=2)
+  with c.unlocked():
     c.init_collections.teacher = str(tmp_path / "teacher")
   train.train(c, tmp_path / "student")
   got = checkpoint.load_variables(tmp_path / "student")
@@ -389,10 +402,39 @@ def test_eight_devices_agree_with_one(
   monkeypatch.setitem(devices, "count", 8)
   changes = {f"mesh.{axis}": size for axis, size in mesh.items()}
   train.train(tiny(sharding=rules, **changes), tmp_path)
-  reference, found = losses(straight), losses(tmp_path)
+  assert_close(straight, tmp_path)
+
+
+def assert_close(one, other):
+  reference, found = losses(one), losses(other)
   assert reference.keys() == found.keys() == set(range(1, 7))
   for step, loss in reference.items():
     np.testing.assert_allclose(found[step], loss, rtol=2e-5, err_msg=str(step))
+
+
+def config_of(task):
+  """A tiny config of a task; that of distillation has no file."""
+  if task == "distillation":
+    return distillation()
+  for name in CONFIGS:
+    c = tiny("", importlib.import_module(f"configs.{name}"))
+    if c.task.name == task:
+      return c
+  raise AssertionError(f"no config trains the task {task}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", resolve.available("tasks"))
+def test_eight_devices_agree_with_one_in_every_task(
+  task, tmp_path, devices, monkeypatch
+):
+  train.train(config_of(task), tmp_path / "one")
+  monkeypatch.setitem(devices, "count", 8)
+  c = config_of(task)
+  c.mesh.update(data=2, fsdp=2, tensor=2)
+  c.sharding = "tensor"
+  train.train(c, tmp_path / "eight")
+  assert_close(tmp_path / "one", tmp_path / "eight")
 
 
 def test_non_finite_loss_names_step_examples_and_checkpoint(tmp_path):

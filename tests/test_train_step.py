@@ -98,7 +98,7 @@ def test_frozen_parameters_are_constants_of_the_step(accum_steps):
   step = train_step.make_train_step(model, task, tx, frozen=frozen, **kw)
   after, metrics = jax.jit(step)(state, batch)
   for name, x in trees.flatten(state.params).items():
-    for moved in (after.params, after.ema):
+    for moved in (after.params, after.ema["params"]):
       same = np.array_equal(trees.flatten(moved)[name], x)
       assert same == ("hidden" in name), name
   assert set(metrics["grad_sq"]) == {"head/bias", "head/kernel"}

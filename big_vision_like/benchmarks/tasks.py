@@ -21,13 +21,15 @@ def lines(
   """A line of text for each task; they join one after the other.
 
   Args:
-    model: with the tasks, bases before what extends them.
+    model: with the tasks.
     params: its parameters.
     inputs: of one batch.
     images: how many there are in it.
     repeats: rounds of timing; the times of a round follow each other.
   """
-  names = list(model.tasks)
+  names = memory.bases_first(
+    {k: task.get("extends", ()) for k, task in model.tasks.items()}
+  )
   times = measure.interleaved(
     {
       count: _call(model, params, inputs, names[:count])

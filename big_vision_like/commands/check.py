@@ -163,6 +163,11 @@ def make_case(args: argparse.Namespace) -> Case:
     config, variables = load_config(args.config), None
     mesh = build.plain(config.mesh)
     task = build.make_task(config, CLASSES)
+  if config.task.name != "classification":
+    raise ValueError(
+      f"The check compares logits of classes, but the task of "
+      f"{args.config or args.run} is {config.task.name!r}."
+    )
   if config.data.pack is None:
     raise ValueError(
       f"{args.config or args.run} does not pack images: its data.pack is None."

@@ -122,7 +122,7 @@ def _parts(run, evals, data, batch_size) -> build.Parts:
   mesh = sharding.make_mesh({"data": -1})
   config["batch_size"] = -(-batch_size // mesh.size) * mesh.size
   config["evals"] = evals
-  config["data"] = {"pack": None, **_DATA, **config["data"]}
+  config["data"] = {"pack": None, "text": None, **_DATA, **config["data"]}
   if data is not None:
     config["data"]["source"] = sources.settings(data)
   if "source" not in config["data"]:
@@ -145,4 +145,5 @@ def _parts(run, evals, data, batch_size) -> build.Parts:
     batch_spec={},
     model=run.model,
     task=run.task,
+    text=build.make_text(config),
   )

@@ -69,13 +69,14 @@ def main(args: argparse.Namespace) -> int:
     print(f"skipped {name}: {reason}", file=sys.stderr)
   if not files:
     raise ValueError(f"No image of {' '.join(args.images)} can be read.")
+  task = record.read_run(args.run)["config"]["task"]["name"]
+  if task != "classification":
+    raise ValueError(
+      "predict prints the scores of a classification, but the task of "
+      f"{args.run} is {task!r}."
+    )
   compilation.enable_compilation_cache()
   run = load_run(args.run, step=args.step)
-  if run.config.task.name != "classification":
-    raise ValueError(
-      f"predict prints the scores of a classification, but the task of "
-      f"{args.run} is {run.config.task.name!r}."
-    )
   if args.adapters:
     run = attach.join(run, args.adapters)
   run = attach.folded(attach.chosen(run, args.tasks))

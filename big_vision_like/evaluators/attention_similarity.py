@@ -22,7 +22,7 @@ from big_vision_like import api, capture, pictures
 # have .99 where logits deviate by .1, and .40 where they deviate by 1.
 TRAP = (
   "Nearly uniform maps are alike whatever they attend to, so read the "
-  "distance to\nchance, the similarity of different tokens (dashed), and of "
+  "distance to chance, the similarity of different tokens (dashed), and of "
   "trained models only."
 )
 

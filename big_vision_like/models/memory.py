@@ -17,7 +17,7 @@ Deviations: none known from what the paper says. Where it is silent:
 
 import inspect
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import flax
 import flax.linen as nn
@@ -281,6 +281,21 @@ def check_tasks(tasks: Mapping[str, Mapping[str, Hashable]]) -> None:
           f"The task {name!r} extends {base!r}, which is not loaded; there "
           f"are: {', '.join(tasks)}."
         )
+
+
+def bases_first(extends: Mapping[str, Sequence[str]]) -> list[str]:
+  """The names of tasks, each behind those that it extends."""
+  order: list[str] = []
+
+  def visit(name):
+    for base in extends[name]:
+      visit(base)
+    if name not in order:
+      order.append(name)
+
+  for name in extends:
+    visit(name)
+  return order
 
 
 def fold(model: MemoryViT, params: PyTree) -> tuple[MemoryViT, PyTree]:

@@ -10,7 +10,7 @@ are put beside each other by `join`.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +163,7 @@ def join(
     adapters: by the file that each is from, for messages.
 
   Returns:
-    The settings of config.model.tasks, and the parameters of all tasks, bases
-    before what extends them.
+    The settings of config.model.tasks, and the parameters of all tasks.
 
   Raises:
     ValueError: naming the files, for an adapter of another backbone, width or
@@ -185,10 +184,9 @@ def join(
           f"{getattr(first, what)}."
         )
     _check_bases(adapter, paths, by_name)
-  order = _bases_first(by_name)
   return (
-    {k: by_name[k].settings for k in order},
-    {k: by_name[k].params for k in order},
+    {k: x.settings for k, x in by_name.items()},
+    {k: x.params for k, x in by_name.items()},
   )
 
 
@@ -237,20 +235,6 @@ def _check_bases(adapter, paths, by_name):
         f"{paths[adapter.task]} extends the task {base!r} {wanted}, and "
         f"{paths[base]} is {here}: another training of it."
       )
-
-
-def _bases_first(by_name: Mapping[str, Adapter]) -> Sequence[str]:
-  order: list[str] = []
-
-  def visit(name):
-    for base in by_name[name].extends:
-      visit(base)
-    if name not in order:
-      order.append(name)
-
-  for name in by_name:
-    visit(name)
-  return order
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ strictly: no other array may be left over on either side.
 import dataclasses
 import difflib
 import importlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -277,14 +278,20 @@ def _to_torch(x):
   return torch.from_numpy(x)
 
 
-def write(path: str | Path, tensors: Tensors) -> None:
-  """Writes a .safetensors, .npz or .pth file."""
+def write(
+  path: str | Path, tensors: Tensors, metadata: Mapping[str, Any] | None = None
+) -> None:
+  """Writes a .safetensors, .npz or .pth file.
+
+  `metadata`, as JSON, is kept by .safetensors only.
+  """
   path = Path(path)
   tensors = {k: np.asarray(x, order="C") for k, x in tensors.items()}
   if path.suffix == ".safetensors":
     from safetensors import numpy
 
-    numpy.save_file(tensors, path)
+    text = {k: json.dumps(v) for k, v in (metadata or {}).items()}
+    numpy.save_file(tensors, path, metadata=text)
   elif path.suffix == ".npz":
     np.savez(path, **tensors)
   elif path.suffix == ".pth":

@@ -33,16 +33,17 @@ def test_fits_find_the_law_that_made_the_costs():
 
 def test_attention_table_has_time_memory_and_fits():
   table = tokens.run(
-    tokens=(16, 64), width=8, heads=2, repeats=1, memory=20_000
+    tokens=(16, 64, 144), width=8, heads=2, repeats=1, memory=150_000
   )
   costs, fits = (cells(part) for part in table.split("### Fits"))
-  assert [row[0] for row in costs[1:]] == ["16", "64"]
-  # Scores of 64 x 64 in two heads are 32 kB.
-  assert costs[2][costs[0].index("MHSA, ms")] == "not run"
-  assert float(costs[2][costs[0].index("MHSA, MB")]) >= 0.032
-  assert [row[0] for row in fits[1:]] == [
-    f"{what} of {name}" for what in ("time", "memory") for name in tokens.LAYERS
-  ]
+  assert [row[0] for row in costs[1:]] == ["16", "64", "144"]
+  # Scores of 144 x 144 in two heads are 166 kB.
+  assert costs[3][costs[0].index("MHSA, ms")] == "not run"
+  assert float(costs[3][costs[0].index("MHSA, MB")]) >= 0.166
+  fitted = [row[0] for row in fits[1:]]
+  assert {f"memory of {name}" for name in tokens.LAYERS} <= set(fitted)
+  assert "time of separable" in fitted
+  assert "time of MHSA" not in fitted
 
 
 def test_odd_maps_are_refused():

@@ -26,7 +26,7 @@ MODELS = {
   "navit": dict(name="navit", variant="Ti/7", sizes=SMALL),
 }
 METERS = ("attention_similarity", "head_similarity", "channel_importance")
-NAMES = digit_scenes.Source.label_names
+NAMES = digit_scenes.Source("train").label_names
 
 
 def make_run(folder, name, *, source=True):
@@ -59,6 +59,7 @@ def make_run(folder, name, *, source=True):
       "example_mask": np.ones((1, 3), bool),
       "label": np.zeros((1, 3), np.int32),
     }
+  batch = jax.tree.map(jnp.asarray, batch)
   inputs, _ = classification.Task(len(NAMES)).prepare(batch, None)
   init = jax.jit(lambda key: model.init(key, train=False, **inputs))
   variables = dict(init(jax.random.key(0)))

@@ -92,15 +92,11 @@ def test_a_target_changes_the_labels_alone(target):
   for i in range(20):
     want, got = plain[i], source[i]
     boxes = want["objects"]["boxes"]
-    h, w = want["image"].shape[:2]
     truth = {
       "digit": want["objects"]["label"],
       "color": want["objects"]["color"],
       "background": [words.index(want["caption"].partition(" on ")[2])]
       * len(boxes),
-      "place": [
-        2 * ((y0 + y1) >= h) + ((x0 + x1) >= w) for x0, y0, x1, y1 in boxes
-      ],
     }[target]
     x0, y0, x1, y1 = boxes.T
     assert got["label"] == truth[np.argmax((x1 - x0) * (y1 - y0))]
@@ -344,7 +340,7 @@ def test_len_and_names():
     ),
     (
       {"target": "shape"},
-      "Unknown target 'shape'.*: digit, color, background, place",
+      "Unknown target 'shape'.*: digit, color, background",
     ),
     (
       {"target": "background"},

@@ -245,7 +245,7 @@ class Linear(nn.Module):
 @pytest.fixture
 def quick(monkeypatch):
   """One device and a linear model, which compile sooner."""
-  monkeypatch.setattr(build, "make_model", lambda config, n: Linear(n))
+  monkeypatch.setattr(build, "make_model", lambda config, n, text: Linear(n))
   monkeypatch.setattr(build, "count_step_flops", lambda *args: 1.0)
   make_mesh = sharding.make_mesh
   monkeypatch.setattr(

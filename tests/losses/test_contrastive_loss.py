@@ -226,7 +226,8 @@ def test_no_device_holds_more_than_a_chunk(name, exchange):
 
 
 def test_kept_logits_are_those_of_own_images():
-  assert largest_array("softmax", exchange="ring", keep_mb=1) == 64 * 512
+  # Of the texts that travel one way, and of those that travel the other way.
+  assert largest_array("softmax", exchange="ring", keep_mb=1) == 64 * 512 // 2
 
 
 @pytest.mark.slow

@@ -330,8 +330,9 @@ def test_the_frozen_backbone_costs_no_gradient():
   *_, step, forward = trained(
     model_of("vit", dict(a=A), head=None, mask=False), frozen=("backbone/.*",)
   )
-  # Without the mask, gradients of activations and none of weights.
-  assert 1.7 * forward < step < 2.1 * forward
+  # Without the mask, gradients of activations and none of weights; products of
+  # two activations have two of them.
+  assert 1.9 * forward < step < 2.3 * forward
   settings = {k: v for k, v in backbone("vit", head=5).items() if k != "name"}
   *_, step, forward = trained(vit.Model(**settings), frozen=())
   assert step > 2.7 * forward

@@ -1,6 +1,7 @@
 """The contrastive losses against open_clip's, values and gradients."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,7 +25,7 @@ def test_equals_open_clip(name):
   want = loss_fn(*theirs)
   want.backward()
   ours = getattr(contrastive, f"{name}_loss")
-  mask = np.ones(23, bool)
+  mask = jnp.ones(23, bool)
   with jax.enable_x64(True):
     grad = jax.value_and_grad(
       lambda *args: ours(*args, mask, chunk=5)[0], tuple(range(len(args)))

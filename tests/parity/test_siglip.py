@@ -326,7 +326,7 @@ def test_convert_makes_a_run_of_a_published_model(tmp_path, monkeypatch):
   assert command_line.main(["convert", *words, "--tokenizer", "t.model"]) == 0
   stored = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
   assert stored["task"]["loss_name"] == "sigmoid"
-  assert stored["data"]["pack"] == dict(length=4096, patch=4, max_images=16)
+  assert stored["data"]["pack"] == dict(length=16_384, patch=4, max_images=16)
   path = str(pathlib.Path("t.model").absolute())
   expected = dict(name="sentencepiece", path=path, length=64, row=1024)
   assert stored["data"]["text"] == expected | dict(pad=0, clean="lower")

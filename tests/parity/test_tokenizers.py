@@ -14,7 +14,7 @@ WORDS = "a large small white red green four two on grass coins cat dog".split()
 TEXTS = (
   "a large white four on grass",
   "  Two SMALL, red dogs!  (on a cat's coins)\n",
-  "größe 象 </s> <pad>",
+  "größe 象",
   "x" * 50,
 )
 

@@ -60,7 +60,11 @@ def assert_equal(got, want):
     np.testing.assert_array_equal(got[k], x, err_msg=k)
 
 
-@pytest.mark.parametrize("layout", engine.layouts("vit"))
+# Of models with a head and a class token.
+WITH_HEAD = [k for k in engine.layouts("vit") if k != "siglip"]
+
+
+@pytest.mark.parametrize("layout", WITH_HEAD)
 def test_export_and_import_undo_each_other(layout):
   """Recognised by the names alone, from each layout."""
   variables, found = imported(exported(layout))

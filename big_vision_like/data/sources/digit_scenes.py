@@ -74,13 +74,11 @@ DIGITS = (
   "eight",
   "nine",
 )
-# What an image can be classified by. Its place is the quarter that the centre
-# of the largest digit lies in.
+# What an image can be classified by.
 TARGETS = {
   "digit": DIGITS,
   "color": tuple(COLORS),
   "background": tuple(re.sub("^an? ", "", p[2]) for p in PHOTOS),
-  "place": ("top left", "top right", "bottom left", "bottom right"),
 }
 TRAIN_DIGITS = 1_300
 TRAIN_WIDTH = 0.75  # the share of a photograph's width seen in training
@@ -167,7 +165,7 @@ class Source:
     image          uint8 [H,W,3]
     id             the index
     label          class of the largest digit (0 to 9), or by `target` its
-                   colour, its place, or the photograph behind it
+                   colour, or the photograph behind it
     multi_label    uint8, the classes that occur
     objects        boxes float32 [O,4] (x0, y0, x1, y1) in pixels, the
                    right and lower edges exclusive; label int32 [O]; color
@@ -347,7 +345,6 @@ class _Scene:
       "digit": labels,
       "color": np.array(self.colors),
       "background": np.full(len(labels), self.photo),
-      "place": self._places(boxes),
     }[target]
     multi_label = np.zeros(len(TARGETS[target]), np.uint8)
     multi_label[found] = 1
@@ -366,13 +363,6 @@ class _Scene:
       "semantic_mask": cv2.LUT(self.instance_mask, classes),
       "caption": self._caption(boxes, by_size[:3]),
     }
-
-  def _places(self, boxes: np.ndarray) -> np.ndarray:
-    """The quarter of the image that the centre of each box lies in."""
-    h, w = self.instance_mask.shape
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    column, row = (2 * centres / (w, h)).astype(int).T
-    return 2 * row + column
 
   def _caption(self, boxes: np.ndarray, order: np.ndarray) -> str:
     photo = "a plain background"

@@ -203,7 +203,7 @@ def attend(
   }
   out = {}
   for name, t in memory.tokens.items():
-    seen = [x[k] for k in memory.sees[name] for x in (tokens, cells)]
+    seen = [x[k] for k in memory.sees[name] for x in (tokens, cells) if k in x]
     out[name] = read(project("query", t), ids, own, *seen)
   return read(query, own.ids, own), out, folded
 
