@@ -31,6 +31,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(
   p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "common"
 )
+# Convolutional networks, of whose many kinds of layers each compiles.
+LONG = {"efficientvit_i1k", "mobilevit_i1k", "mobilevit_v2_i1k"}
 
 
 def tiny(arg: str = "", module=navit_jft, **changes):
@@ -104,7 +106,10 @@ def straight(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(x, marks=[pytest.mark.slow] * (x in LONG)) for x in CONFIGS],
+)
 def test_every_config_trains(name, tmp_path):
   c = tiny("", importlib.import_module(f"configs.{name}"))
   c.total_steps = 2

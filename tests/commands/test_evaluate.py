@@ -84,7 +84,14 @@ def evaluate(run, *argv):
   return command_line.main(["evaluate", "--run", str(run), *map(str, argv)])
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Of EfficientViT's many kinds of layers each compiles.
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(x, marks=[pytest.mark.slow] * (x == "efficientvit"))
+    for x in MODELS
+  ],
+)
 def test_every_meter_runs_on_every_kind_of_model(name, tmp_path, capsys):
   make_run(tmp_path, name)
   for meter in METERS:
