@@ -74,9 +74,9 @@ def _open_clip(model: two_towers.TwoTowers) -> list[engine.Rule]:
 def _big_vision(
   model: two_towers.TwoTowers, layout: str = "big_vision"
 ) -> list[engine.Rule]:
-  places = ("params/img/", "params/txt/", "params/txt/head")
+  places = ("img/", "txt/", "txt/head")
   rules = _both(model, layout, *places)
-  return rules + _scalars(model, "params/t", "params/b", (1,))
+  return rules + _scalars(model, "t", "b", (1,))
 
 
 def _big_vision_stacked(model: two_towers.TwoTowers) -> list[engine.Rule]:
