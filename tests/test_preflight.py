@@ -187,7 +187,7 @@ def test_changes_of_the_config_are_checked(change, sentence):
   ("topology", "changes"),
   [
     ("v5e:4x4", {"mesh.fsdp": 4, "sharding": "fsdp"}),
-    ("v4:2x2x1", {"data.pack.length": 1024}),
+    ("v4:2x2x1", {"data.pack.length": 1024, "data.pack.max_images": 64}),
     ("v5p:2x2x1", {}),
     ("v6e:2x2", {}),
   ],
