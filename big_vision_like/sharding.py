@@ -20,8 +20,8 @@ from big_vision_like import api, trees
 # Presets that `config.sharding` refers to. Kernels are (in, out); those of
 # attention are (D, K, head) for query, key and value, and (K, head, D) for out.
 #   data    every device holds everything; gradients are summed
-#   fsdp    every kernel is cut along its width and gathered when used; a table
-#           of tokens along the tokens
+#   fsdp    every kernel and every table of tokens is cut along its width (the
+#           number of tokens or classes may be a prime) and gathered when used
 #   tensor  fsdp, and heads and hidden units of the MLP are split besides
 # An axis of the mesh that has size 1 changes nothing.
 RULES: dict[str, trees.Rules] = {
@@ -30,7 +30,7 @@ RULES: dict[str, trees.Rules] = {
     (".*attn/(query|key|value)/kernel", ("fsdp", None, None)),
     (".*(mlp/fc1|head)/kernel", ("fsdp", None)),
     (".*/kernel", ("fsdp",)),
-    (".*/embedding", ("fsdp", None)),
+    (".*/embedding", ("fsdp",)),
     (".*", ()),
   ),
   "tensor": (
@@ -42,7 +42,7 @@ RULES: dict[str, trees.Rules] = {
     (".*mlp/fc2/kernel", ("tensor", "fsdp")),
     (".*head/kernel", ("fsdp", None)),
     (".*/kernel", ("fsdp",)),
-    (".*/embedding", ("fsdp", None)),
+    (".*/embedding", ("fsdp",)),
     (".*", ()),
   ),
 }

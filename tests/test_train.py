@@ -418,12 +418,16 @@ def assert_close(one, other):
 
 
 def config_of(task):
-  """A tiny config of a task; that of distillation has no file."""
+  """A tiny config of a task; that of distillation has no file.
+
+  Not DeepViT's: its BatchNorm over heads divides by deviations near 0, so that
+  rounding alone moves its loss by 1e-4 within six steps.
+  """
   if task == "distillation":
     return distillation()
   for name in CONFIGS:
     c = tiny("", importlib.import_module(f"configs.{name}"))
-    if c.task.name == task:
+    if c.task.name == task and name not in {"deepvit_i1k", *LONG}:
       return c
   raise AssertionError(f"no config trains the task {task}")
 
