@@ -58,20 +58,18 @@ class Distill(nn.Module):
       **static: compile-time keywords of the student, such as `grid`.
 
     Returns:
-      What the student returns, and in training `teacher_logits` float32
-      [B,C], through which no gradient passes.
+      What the student returns, and `teacher_logits` float32 [B,C], through
+      which no gradient passes. Where no one reads them, the teacher is pruned
+      from the compiled program.
     """
     student = self.make("student", name="student")
     nn.share_scope(self, student)
     outputs = dict(student(image, train=train, **static))
     if self.is_initializing():
       self.init_teacher(teacher_image)
-    if train:
-      teacher = self.make("teacher", parent=None)
-      answer = teacher.apply(
-        self.variables[TEACHER], teacher_image, train=False
-      )
-      outputs["teacher_logits"] = jax.lax.stop_gradient(answer["logits"])
+    teacher = self.make("teacher", parent=None)
+    answer = teacher.apply(self.variables[TEACHER], teacher_image, train=False)
+    outputs["teacher_logits"] = jax.lax.stop_gradient(answer["logits"])
     return outputs
 
   def init_teacher(self, image):

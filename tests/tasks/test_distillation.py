@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from big_vision_like import train_step, trees
+from big_vision_like.evaluators import channel_importance
 from big_vision_like.models import distill, flexivit
 from big_vision_like.tasks import classification, distillation
 
@@ -181,18 +182,31 @@ def test_parameters_are_the_students_under_its_own_names():
   )
   shapes = lambda tree: {k: x.shape for k, x in trees.flatten(tree).items()}
   assert shapes(state.params) == shapes(alone["params"])
-  # Evaluation is the student's, without the teacher.
+  # Evaluation is the student's, and pays nothing for the teacher.
   variables = {"params": state.params, **state.model_state}
   for grid in (3, 4):
     settings = dict(train=False, grid=grid)
-    got = jax.jit(functools.partial(model.apply, **settings))(
+    logits = lambda m: lambda *a: m.apply(*a, **settings)["logits"]
+    both = jax.jit(logits(model)).lower(
       variables, image, jnp.zeros((2, 16, 16, 3))
     )
-    want = jax.jit(functools.partial(student.apply, **settings))(
-      {"params": state.params}, image
-    )
-    assert "teacher_logits" not in got
-    np.testing.assert_allclose(got["logits"], want["logits"], atol=1e-6)
+    one = jax.jit(logits(student)).lower({"params": state.params}, image)
+    both, one = both.compile(), one.compile()
+    flops = [x.cost_analysis()["flops"] for x in (both, one)]
+    assert flops[0] == flops[1]
+    got = both(variables, image, jnp.zeros((2, 16, 16, 3)))
+    want = one({"params": state.params}, image)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_importance_of_channels_is_that_of_the_students_loss():
+  state, _ = started()
+  task = distillation.Task(CLASSES, weight=0.5)
+  measure = channel_importance.Evaluator().measure(model_of(), task)
+  measure = jax.jit(measure, static_argnums=2)
+  found = measure(state, batch_of(side=16), (("grid", 4),))
+  scores = [x["scores"] for b in found["layers"].values() for x in b.values()]
+  assert sum(float(x.sum()) for x in scores) > 0
 
 
 def test_a_teacher_with_batch_statistics_answers_as_in_evaluation():
