@@ -8,6 +8,7 @@ its own. Targets are brought to their queries, not queries to their targets:
 predictions are used where they are, and no gradient is scattered.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -46,30 +47,39 @@ def match(
 ) -> Int[Array, "l b q"]:
   """The target that each query answers for, or -1; no gradient passes.
 
-  A pair costs the L1 distance of the boxes by centre, less the probability of
-  the target's label (not its logarithm), less the GIoU.
-
   Args:
     logits: of the classes and, last, of no object.
     boxes: predicted, (centre x, centre y, width, height).
     label: of the targets; -1 where there is none.
     true_boxes: of the targets, likewise.
-    costs: the weights.
+    costs: the weights of `matching_cost`.
   """
-
-  def cost(logits, boxes, label, true_boxes):
-    p = jax.nn.softmax(logits, -1)
-    at = jnp.maximum(label, 0)[None, :, None, :]
-    likely = jnp.take_along_axis(p, at, -1).swapaxes(-1, -2)
-    a, b = true_boxes[None, :, :, None], boxes[:, :, None]
-    distance = jnp.abs(a - b).sum(-1)
-    overlap = box.giou(box.to_corners(a), box.to_corners(b))
-    return costs.l1 * distance - costs.label * likely - costs.giou * overlap
-
-  args = jax.lax.stop_gradient((logits, boxes, label, true_boxes))
-  return matching.assign(
-    shards.by_device(cost, (1, 1, 0, 0), 1)(*args), label >= 0
+  cost = shards.by_device(
+    functools.partial(matching_cost, costs=costs), (1, 1, 0, 0), 1
   )
+  args = jax.lax.stop_gradient((logits, boxes, label, true_boxes))
+  return matching.assign(cost(*args), label >= 0)
+
+
+def matching_cost(
+  logits: Float[Array, "l b q c"],
+  boxes: Float[Array, "l b q 4"],
+  label: Int[Array, "b o"],
+  true_boxes: Float[Array, "b o 4"],
+  costs: Costs,
+) -> Float[Array, "l b o q"]:
+  """Of each target with each query.
+
+  The L1 distance of the boxes by centre, less the probability of the target's
+  label (not its logarithm), less the GIoU.
+  """
+  p = jax.nn.softmax(logits, -1)
+  at = jnp.maximum(label, 0)[None, :, None, :]
+  likely = jnp.take_along_axis(p, at, -1).swapaxes(-1, -2)
+  a, b = true_boxes[None, :, :, None], boxes[:, :, None]
+  distance = jnp.abs(a - b).sum(-1)
+  overlap = box.giou(box.to_corners(a), box.to_corners(b))
+  return costs.l1 * distance - costs.label * likely - costs.giou * overlap
 
 
 def losses(

@@ -11,6 +11,7 @@ from big_vision_like.losses import masks, set_prediction
 from big_vision_like.metrics import Mean
 from big_vision_like.tasks import classification
 
+MASK_AREAS = ("image", "canvas")
 _TRUTH = ("boxes", "box_label", "box_crowd", "box_id_map")
 
 
@@ -37,6 +38,9 @@ class Task:
       that the number of devices changes nothing, as in the paper. "device" is
       the published code with one process on each device: cross-entropy is
       averaged on each device first, whatever number of objects it has.
+    mask_area: the pixels that the losses of masks count: those of the "image",
+      so that its canvas changes nothing, or of the whole "canvas", as in the
+      published code.
     mean, std: of the pixels in 0..1, those of ImageNet unless given.
   """
 
@@ -52,17 +56,21 @@ class Task:
   giou_cost: float = 2.0
   auxiliary: bool = True
   denominators: str = "global"
+  mask_area: str = "image"
   mean: float | tuple[float, float, float] = (0.485, 0.456, 0.406)
   std: float | tuple[float, float, float] = (0.229, 0.224, 0.225)
 
   separable: ClassVar[bool] = False
 
   def __post_init__(self):
-    if self.denominators not in set_prediction.DENOMINATORS:
-      raise ValueError(
-        f"config.task.denominators = {self.denominators!r}; it is one of "
-        f"{set_prediction.DENOMINATORS}."
-      )
+    for key, choices in (
+      ("denominators", set_prediction.DENOMINATORS),
+      ("mask_area", MASK_AREAS),
+    ):
+      if getattr(self, key) not in choices:
+        raise ValueError(
+          f"config.task.{key} = {getattr(self, key)!r}; it is one of {choices}."
+        )
     numbers = {
       k: x
       for k, x in vars(self).items()
@@ -98,9 +106,7 @@ class Task:
       batch, mean=self.mean, std=self.std
     )
     image, size = inputs["image"], batch["size"]
-    pixel_mask = (
-      jnp.arange(image.shape[1])[:, None] < size[:, 0, None, None]
-    ) & (jnp.arange(image.shape[2]) < size[:, 1, None, None])
+    pixel_mask = _inside(size, image.shape[1:3])
     image = jnp.where(pixel_mask[..., None], image, 0)
     truth = {k: batch[k] for k in _TRUTH if k in batch}
     return (
@@ -196,19 +202,16 @@ class Task:
         "config.model predicts masks, but the data has none: it gives only "
         f"{sorted(targets)}. Have it carry masks, or leave out the mask head."
       )
-    predicted = jnp.where(
-      targets["mask"][:, None, None, None], outputs["masks"], 0
-    )
+    mask, id_map = targets["mask"], targets["box_id_map"]
+    predicted = jnp.where(mask[:, None, None, None], outputs["masks"], 0)
     query = set_prediction.query_of(target, label.shape[1])
-    focal, dice = masks.mask_losses(predicted, targets["box_id_map"], query)
-    count = set_prediction.number_of_boxes(
-      label, targets["mask"], self.denominators
-    )
-    return (
-      focal.sum() / count,
-      dice.sum() / count,
-      jnp.isfinite(predicted).all(),
-    )
+    inside = jnp.ones(id_map.shape, bool)
+    if self.mask_area == "image":
+      inside = _inside(targets["size"], id_map.shape[1:])
+    pairs = masks.mask_losses(predicted, id_map, query, inside)
+    count = set_prediction.number_of_boxes(label, mask, self.denominators)
+    focal, dice = (x.sum() / count for x in pairs)
+    return focal, dice, jnp.isfinite(predicted).all()
 
   def predict(
     self, outputs: api.Outputs, targets: api.Targets
@@ -225,3 +228,11 @@ class Task:
     names = {"boxes": "true_boxes"}
     truth = {names.get(k, k): x for k, x in targets.items()}
     return {k: x.astype(jnp.float32) for k, x in last.items()} | truth
+
+
+def _inside(size, canvas):
+  """bool [B,H,W]: the pixels of images of that size, at the top left."""
+  rows, columns = (
+    jnp.arange(n) < size[:, axis, None] for axis, n in enumerate(canvas)
+  )
+  return rows[:, :, None] & columns[:, None]
