@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -127,7 +126,7 @@ def test_without_any_target():
   # torch cannot stack no masks at all, so that they are left to our own tests.
   x = {k: torch.tensor(v) for k, v in outputs.items()}
   ce = -torch.log_softmax(x["logits"], -1)[..., -1].mean((1, 2)).sum()
-  loss, metrics, grads = ours()(
+  loss, _, grads = ours()(
     {k: np.float32(v) for k, v in outputs.items()},
     targets | {"boxes": np.float32(targets["boxes"])},
   )
