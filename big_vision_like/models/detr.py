@@ -281,10 +281,11 @@ class DETR(nn.Module):
       stages = backbone(image, pixel_mask, train=train)["stages"]
     return stages[: None if self.stage is None else self.stage + 1]
 
-  def make_backbone(self, **extra) -> nn.Module:
+  @property
+  def backbone_settings(self) -> dict:
     settings = self.backbone
     if settings is None:
-      row = self.size
+      row = VARIANTS[self.variant]
       settings = dict(
         name="resnet",
         variant=row["backbone"],
@@ -292,10 +293,13 @@ class DETR(nn.Module):
         frozen=True,
       )
     if resolve.takes("models", settings["name"], "Model", "dtype"):
-      settings = {"dtype": self.dtype, **settings}
-    return resolve.make(
-      "models", "Model", "config.model.backbone", settings, **extra
-    )
+      return {"dtype": self.dtype, **settings}
+    return dict(settings)
+
+  def make_backbone(self, **extra) -> nn.Module:
+    """The backbone; with `parent=None` it is no part of this model."""
+    settings, section = self.backbone_settings, "config.model.backbone"
+    return resolve.make("models", "Model", section, settings, **extra)
 
   def make_stack(self, stack):
     name = stack.__name__.lower()

@@ -4,6 +4,7 @@ Paper: arXiv 2005.12872, section 4.4 and figure 8. Reference:
 facebookresearch/detr @ 29901c5, `models/segmentation.py`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -183,7 +184,7 @@ class MaskHead(nn.Module):
     norms = [_Scale(n, name=f"gn{i + 1}")() for i, n in enumerate(widths)]
     convs = [
       _Weights((3, 3, a, b), name=f"conv{i + 2}")()
-      for i, (a, b) in enumerate(zip(widths, widths[1:]))
+      for i, (a, b) in enumerate(itertools.pairwise(widths))
     ]
     last = _Weights((3, 3, widths[-1], 1), name="out")()
 

@@ -143,7 +143,7 @@ def _constant(matrix):
 def nearest(
   x: Float[Array, "... h w c"] | Bool[Array, "... h w c"], size: tuple[int, int]
 ) -> Float[Array, "... nh nw c"] | Bool[Array, "... nh nw c"]:
-  """A map of another size, each pixel from floor(i * old / new) as torch has it.
+  """A map of another size, pixel i from pixel floor(i * old / new), as torch.
 
   `jax.image.resize` takes the pixel under the centre instead.
   """
