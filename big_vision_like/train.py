@@ -174,28 +174,31 @@ class _Run:
   def _init_from(self, state: api.TrainState) -> api.TrainState:
     config, part = self.config, self.config.init_into
     name, model = build.source_model(self.parts)
-    params = state.params[part] if part else state.params
     own = {
       k: x
       for k, x in state.model_state.items()
-      if k not in config.init_collections and not part
+      if k not in config.init_collections and (not part or part in x)
     }
-    fresh = {**params, **own}
+    whole = {"params": state.params, **own}
+    fresh = {k: x[part] if part else x for k, x in whole.items()}
     loaded = warm_start.load(
       config.init_from,
       name=name,
       model=model,
-      shapes={"params": params, **own},
+      shapes=fresh,
       resize=tuple(config.init_resize),
     )
-    loaded = {**loaded.pop("params"), **loaded}
-    whole, report = warm_start.init_from(
-      fresh, loaded, skip=tuple(config.init_skip)
+    filled, report = warm_start.init_from(
+      {**fresh.pop("params"), **fresh},
+      {**loaded.pop("params"), **loaded},
+      skip=tuple(config.init_skip),
     )
     _say(f"Parameters from {config.init_from}:\n{report}")
-    params = {k: whole[k] for k in params}
-    params = {**state.params, part: params} if part else params
-    model_state = {**state.model_state, **{k: whole[k] for k in own}}
+    filled = {"params": filled, **{k: filled.pop(k) for k in fresh}}
+    if part:
+      filled = {k: {**whole[k], part: x} for k, x in filled.items()}
+    params = filled.pop("params")
+    model_state = {**state.model_state, **filled}
     return train_step.restart_average(
       state.replace(params=params, model_state=model_state)
     )

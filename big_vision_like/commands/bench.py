@@ -11,6 +11,7 @@
   bench share       speed of networks by their share of attention layers
   bench kinds       time in products, and in what is bound by memory
   bench contrastive time and memory of the contrastive losses, chunked and dense
+  bench detr        matching against scipy's, DETR's steps against transformers'
 
 Every ratio is measured in one run, as the median of interleaved rounds. The
 published programs are in the extra `parity`; those that are not installed are
@@ -33,6 +34,7 @@ TABLES = (
   "share",
   "kinds",
   "contrastive",
+  "detr",
 )
 
 

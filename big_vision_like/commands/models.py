@@ -2,6 +2,7 @@
 
 Multiply-adds are those of matrix products and convolutions in one forward pass
 of one image of the published size, padding included, as the papers count them.
+Constants, such as frozen BatchNorms, are no parameters.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from big_vision_like import flops, resolve, trees
 from big_vision_like.benchmarks import measure
 
+Size = int | tuple[int, int]
 CLASSES = 1000
 _TPU = jax.sharding.AbstractMesh(
   (), (), abstract_device=jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
@@ -38,22 +40,35 @@ def main(args: argparse.Namespace) -> int:
         {
           "model": name,
           "variant": variant,
-          "pixels": size,
+          "pixels": size if isinstance(size, int) else "{} x {}".format(*size),
           "parameters": f"{params:,}",
           "multiply-adds": f"{products / 1e9:,.3f} G",
+          "classes": f"{count_classes(name, variant):,}",
         }
       )
-  print(measure.table("Models", rows, f"With a head of {CLASSES:,} classes."))
+  print(
+    measure.table("Models", rows, "With the heads of the published models.")
+  )
   return 0
 
 
-def published_sizes(name: str) -> dict[str, int]:
+def _module(name):
+  return importlib.import_module(f"{resolve.PACKAGE}.models.{name}")
+
+
+def count_classes(name: str, variant: str) -> int:
+  """Of the head that was published: CLASSES of a model's file, or 1,000."""
+  return getattr(_module(name), "CLASSES", {}).get(variant, CLASSES)
+
+
+def published_sizes(name: str) -> dict[str, Size]:
   """The variants that were published, with the side of their images.
 
-  A model's file says so as PUBLISHED; without, all VARIANTS but "local" were,
-  at IMAGE_SIZE. One that has neither stands on other models.
+  Or height and width. A model's file says so as PUBLISHED; without, all
+  VARIANTS but "local" were, at IMAGE_SIZE. One that has neither stands on other
+  models.
   """
-  module = importlib.import_module(f"{resolve.PACKAGE}.models.{name}")
+  module = _module(name)
   if hasattr(module, "PUBLISHED"):
     return dict(module.PUBLISHED)
   if not hasattr(module, "IMAGE_SIZE"):
@@ -61,15 +76,17 @@ def published_sizes(name: str) -> dict[str, int]:
   return {v: module.IMAGE_SIZE for v in module.VARIANTS if v != "local"}
 
 
-def measure_model(name: str, variant: str, size: int) -> tuple[int, float]:
-  """Parameters, and multiply-adds of one image of `size` pixels a side."""
+def measure_model(name: str, variant: str, size: Size) -> tuple[int, float]:
+  """Parameters, and multiply-adds of one image of `size`."""
+  classes = count_classes(name, variant)
   model = resolve.make(
     "models",
     "Model",
     "models",
-    dict(name=name, variant=variant, num_classes=CLASSES),
+    dict(name=name, variant=variant, num_classes=classes),
   )
-  return count(model, dict(image=jnp.zeros((1, size, size, 3))))
+  height, width = (size, size) if isinstance(size, int) else size
+  return count(model, dict(image=jnp.zeros((1, height, width, 3))))
 
 
 def count(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, float]:

@@ -40,7 +40,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from big_vision_like.api import BATCH_AXES
+from big_vision_like.losses import shards
 
 EXCHANGES = ("ring", "gather")
 CHUNK = 1024
@@ -159,16 +159,8 @@ class _Plan:
 
 def _plan(rows, exchange, chunk):
   check(exchange, chunk)
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(a for a in BATCH_AXES if a in mesh.axis_names)
-  devices = math.prod(mesh.shape[a] for a in axes)
-  if rows % devices:
-    sizes = " x ".join(f"{a} {mesh.shape[a]}" for a in axes)
-    raise ValueError(
-      f"A contrastive batch of {rows} rows cannot be shared evenly by the "
-      f"{devices} devices of the mesh axes {sizes}."
-    )
-  return _Plan(axes, devices, exchange, chunk)
+  shards.check_rows(rows, "A contrastive batch")
+  return _Plan(shards.batch_axes(), shards.count(), exchange, chunk)
 
 
 def _flat(zimg, ztxt, mask):

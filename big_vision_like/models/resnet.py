@@ -16,12 +16,16 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from big_vision_like.models.layers.blocks import shard_batch
 from big_vision_like.models.layers.convolution import BatchNorm, Conv
+from big_vision_like.models.layers.resize import visible
 
+# The blocks of each stage. "local" has two, so its map is 1/8 of the image's
+# sides, and its own WIDTH.
 VARIANTS = {
+  "local": dict(stages=(2, 2), width=32),
   "R50": dict(stages=(3, 4, 6, 3)),
   "R101": dict(stages=(3, 4, 23, 3)),
 }
@@ -54,7 +58,11 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b h w c"], *, train: bool
+    self,
+    x: Float[Array, "b h w c"],
+    pixel_mask: Bool[Array, "b ih iw"] | None = None,
+    *,
+    train: bool,
   ) -> Float[Array, "b oh ow d"]:
     def conv_bn(name, x, features, **kw):
       return _conv_bn(self, name, x, features, train=train, **kw)
@@ -65,7 +73,7 @@ class Bottleneck(nn.Module):
     y = jax.nn.relu(conv_bn("conv1", x, self.features))
     y = conv_bn(
       "conv2",
-      y,
+      visible(y, pixel_mask),
       self.features,
       kernel=3,
       stride=self.stride,
@@ -120,9 +128,22 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(
-    self, image: Float[Array, "b h w c"], *, train: bool
+    self,
+    image: Float[Array, "b h w c"],
+    pixel_mask: Bool[Array, "b h w"] | None = None,
+    *,
+    train: bool,
   ) -> dict[str, Array | list[Array]]:
     """Reads images, normalised by ImageNet's mean and deviation.
+
+    Args:
+      image: pixels.
+      pixel_mask: where there is an image, in the upper left of a canvas. What
+        lies outside is set to 0 before everything that looks beyond a pixel,
+        so that an image's maps are those of the image alone, where statistics
+        do not move and the canvas is a multiple of 32. Maps are not 0 outside,
+        and `pooled` is their mean over the canvas.
+      train: see layers/convolution.py's BatchNorm.
 
     Returns:
       logits float32 [B,C]; stages, the maps C2 to C5 as a list, with 256, 512,
@@ -130,23 +151,24 @@ class ResNet(nn.Module):
       rounded up (C5 at 1/16 with `dilation`); pooled [B,2048], the mean of C5,
       which the head reads.
     """
-    x = _conv_bn(self, "stem", image, WIDTH, train=train, kernel=7, stride=2)
-    x = nn.max_pool(
-      jax.nn.relu(x), (3, 3), strides=(2, 2), padding=((1, 1), (1, 1))
-    )
+    size = {"width": WIDTH} | VARIANTS[self.variant]
+    x, width = visible(image, pixel_mask), size["width"]
+    x = _conv_bn(self, "stem", x, width, train=train, kernel=7, stride=2)
+    x = visible(jax.nn.relu(x), pixel_mask)
+    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     x = shard_batch(x)
     stages = []
-    for s, depth in enumerate(VARIANTS[self.variant]["stages"]):
-      dilated = self.dilation and s == 3
+    for s, depth in enumerate(size["stages"]):
+      dilated = self.dilation and s == len(size["stages"]) - 1
       for b in range(depth):
         x = Bottleneck(
-          WIDTH * 2**s,
+          width * 2**s,
           stride=2 if s and not b and not dilated else 1,
           dilation=2 if dilated and b else 1,
           frozen=self.frozen,
           dtype=self.dtype,
           name=f"stage{s}_block{b}",
-        )(x, train=train)
+        )(x, pixel_mask, train=train)
       stages.append(shard_batch(x))
     outputs = {"pooled": x.mean((1, 2)), "stages": stages}
     if self.num_classes:

@@ -4,7 +4,7 @@
 
   LAYOUTS: name of a layout -> function of the model -> list of Rule
   OTHER_PARTS: name of a layout -> regex of what its files may hold besides, of
-    another model, such as a text tower
+    another model, such as a text tower; or function of the model -> that regex
 
 A rule ties some of our arrays to some of theirs, by an invertible change of
 shape. Ours are named by their path behind the collection, and as if no layers
@@ -31,8 +31,9 @@ from big_vision_like.api import SCANNED, PyTree
 from big_vision_like.models.layers.encoder import stack_blocks, unstack_blocks
 
 Tensors = dict[str, np.ndarray]
-# Where models have a number for each class.
-_HEADS = ("params/head/bias", "params/head/linear/bias")
+# Where models have a number for each class -> numbers that are for no class;
+# HEADS of weights/<model>.py has more of them.
+_HEADS = {"params/head/bias": 0, "params/head/linear/bias": 0}
 # The parameters in the checkpoints of big_vision's trainers, new and old.
 _NPZ_WRAPPERS = ("params/", "opt/target/")
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
@@ -373,6 +374,8 @@ def to_ours(
       f"Model {name!r} has no layout {layout!r}; it has {', '.join(known)}."
     )
   others = table(name, "OTHER_PARTS").get(layout)
+  if callable(others):
+    others = others(model)
   if others:
     tensors = {k: x for k, x in tensors.items() if not re.fullmatch(others, k)}
   rules = known[layout](model)
@@ -454,11 +457,12 @@ def count_classes(
 
   `model` is any of the right variant that has a head.
   """
+  heads = {**_HEADS, **table(name, "HEADS")}
   for rule in layouts(name)[layout](model):
-    for path in _HEADS:
-      if path in rule.ours and set(rule.theirs) <= set(tensors):
+    for path in heads.keys() & set(rule.ours):
+      if set(rule.theirs) <= set(tensors):
         arrays = rule.load(*(tensors[k] for k in rule.theirs))
-        return arrays[rule.ours.index(path)].shape[0]
+        return arrays[rule.ours.index(path)].shape[0] - heads[path]
   return None
 
 

@@ -4,8 +4,11 @@ Source: torchvision 0.28, timm 1.0.31, facebookresearch/detr @ 29901c5. A model
 with frozen BatchNorms reads all layouts.
 """
 
+from collections.abc import Callable
+
 from big_vision_like.models import resnet
 from big_vision_like.weights import engine
+from big_vision_like.weights.engine import Tensors
 
 _IMAGENET = dict(
   mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=224
@@ -61,3 +64,40 @@ def rules(
 
 
 LAYOUTS = {"torchvision": torchvision, "timm": torchvision, "frozen": frozen}
+
+
+def _head_of_others(model):
+  return None if model.num_classes else r"fc\..*"
+
+
+# A backbone takes a classifier's file.
+OTHER_PARTS = dict.fromkeys(LAYOUTS, _head_of_others)
+
+Shapes = dict[str, tuple[int, ...]]
+Resize = Callable[[resnet.ResNet, Tensors, Shapes], Tensors]
+
+
+def frozen_norms(
+  model: resnet.ResNet, variables: Tensors, shapes: Shapes
+) -> Tensors:
+  """Makes constants of the BatchNorms that a run has trained."""
+  del model
+
+  def place(path):
+    constant = path.replace("params/", "batch_stats/", 1)
+    moves = path not in shapes and constant in shapes
+    return constant if moves else path
+
+  return {place(path): x for path, x in variables.items()}
+
+
+def head(model: resnet.ResNet, variables: Tensors, shapes: Shapes) -> Tensors:
+  """Drops a head for other classes: the model keeps its fresh one, if any."""
+  del model
+  theirs = {k: x for k, x in variables.items() if k.startswith("params/head/")}
+  if all(x.shape == shapes.get(k) for k, x in theirs.items()):
+    return variables
+  return {k: x for k, x in variables.items() if k not in theirs}
+
+
+RESIZE: dict[str, Resize] = {"frozen": frozen_norms, "head": head}

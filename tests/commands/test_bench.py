@@ -1,16 +1,19 @@
 """The tables of speed: their structure, and that all do the same work."""
 
+import functools
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from big_vision_like import __main__ as command_line
-from big_vision_like import sharding
+from big_vision_like import sharding, train_step, trees
 from big_vision_like.benchmarks import (
   contrastive,
+  detr,
   loader,
   measure,
   models,
@@ -209,6 +212,18 @@ def test_contrastive_devices_are_those_asked_for():
   assert [row[3].strip() for row in rows] == ["2", "4"]
 
 
+def test_matching_table_is_of_equal_matches():
+  header, *rows = cells(
+    detr.matching_table(images=2, queries=11, slots=7, repeats=1)
+  )
+  assert header[:2] == ["costs", "targets"]
+  assert [row[1] for row in rows[1::2]] == ["14"] * 2
+  for row in rows:
+    assert float(row[header.index("ours / scipy")]) > 0
+    # A few roundings of float32.
+    assert abs(float(row[header.index("excess")])) < 1e-4
+
+
 def test_verb_prints_one_table(capsys):
   assert command_line.main(["bench", "padding"]) == 0
   assert capsys.readouterr().out.startswith("### Padding")
@@ -280,3 +295,37 @@ def test_models_are_measured_against_timms():
   assert [row[1] for row in rows] == ["forward", "training"]
   for row in rows:
     assert float(row[header.index("ours / timm")]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_detr_is_measured_against_transformers():
+  pytest.importorskip("transformers")
+  pytest.importorskip("timm")
+  sizes = dict(encoder_depth=1, decoder_depth=1)
+  header, *rows = cells(
+    detr.steps_table([1], (64, 96), sizes, repeats=1, modes=("eager",))
+  )
+  assert [row[0] for row in rows] == ["inference", "training"]
+  for row in rows:
+    assert float(row[header.index("ours / transformers")]) > 0
+  for objects in (detr.OBJECTS, detr.MOST):
+    share = rows[1][header.index(f"matching, {objects} objects")]
+    assert 0 < float(share.rstrip("%")) < 100
+
+
+@pytest.mark.parity
+def test_both_detrs_train_the_same_parameters():
+  transformers = pytest.importorskip("transformers")
+  pytest.importorskip("timm")
+  config = transformers.DetrConfig(backbone="resnet50", num_labels=detr.CLASSES)
+  theirs = detr.freeze(transformers.DetrForObjectDetection(config))
+  init = functools.partial(
+    train_step.init_variables, detr.make_model({}), detr.TASK
+  )
+  batch = detr.make_batch(1, (64, 96))
+  params, _ = jax.eval_shape(init, jax.random.key(0), batch)
+  ours, _ = trees.split(params, detr.FROZEN)
+  count = sum(map(jnp.size, jax.tree.leaves(ours)))
+  # What the paper calls 41.3M.
+  assert sum(p.numel() for p in theirs) == count == 41_302_368

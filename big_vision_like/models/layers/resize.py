@@ -1,4 +1,4 @@
-"""Resizing of what a model has learned: patch kernels and tables.
+"""Resizing of maps, and of what a model has learned: patch kernels and tables.
 
 Resizing is separable and linear, so it is one small matrix for each axis. The
 matrices are NumPy constants; what they are applied to may be a NumPy array, as
@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 @functools.cache
@@ -138,3 +138,32 @@ def _resized(x, size, rows, columns):
 def _constant(matrix):
   matrix.flags.writeable = False  # It is cached.
   return matrix
+
+
+def nearest(
+  x: Float[Array, "... h w c"] | Bool[Array, "... h w c"], size: tuple[int, int]
+) -> Float[Array, "... nh nw c"] | Bool[Array, "... nh nw c"]:
+  """A map of another size, pixel i from pixel floor(i * old / new), as torch.
+
+  `jax.image.resize` takes the pixel under the centre instead.
+  """
+  for axis, new in zip((x.ndim - 3, x.ndim - 2), size):
+    old = x.shape[axis]
+    if new == 2 * old:  # Its gradient is a sum, and not a scattering.
+      x = jnp.repeat(x, 2, axis)
+    elif old % new == 0:
+      x = jax.lax.slice_in_dim(x, 0, old, old // new, axis)
+    else:
+      # In float32, as torch.
+      index = np.arange(new, dtype=np.float32) * np.float32(old / new)
+      x = jnp.take(x, np.minimum(index.astype(np.int32), old - 1), axis)
+  return x
+
+
+def visible(
+  x: Float[Array, "b h w c"], pixel_mask: Bool[Array, "b ih iw"] | None
+) -> Float[Array, "b h w c"]:
+  """The map with 0 outside of the images, which `pixel_mask` shows in full."""
+  if pixel_mask is None:
+    return x
+  return jnp.where(nearest(pixel_mask[..., None], x.shape[1:3]), x, 0)
