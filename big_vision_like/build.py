@@ -27,6 +27,7 @@ from big_vision_like import (
 )
 from big_vision_like.data import budgets, multi_scale, packing, pipeline
 from big_vision_like.data.batches import Faults
+from big_vision_like.data.objects import ObjectSpec
 from big_vision_like.data.text import TextSpec
 
 
@@ -187,6 +188,11 @@ def _pack(config: ConfigDict) -> packing.PackSpec | None:
   return packing.PackSpec(**plain(config.data.pack))
 
 
+def _objects(config: ConfigDict) -> ObjectSpec | None:
+  settings = plain(config.data.objects)
+  return ObjectSpec(**settings) if settings else None
+
+
 def make_train_data(
   config: ConfigDict,
   source: api.Source,
@@ -211,6 +217,7 @@ def make_train_data(
     scales=data.scales,
     repeats=data.repeats,
     text=text,
+    objects=_objects(config),
     batch_size=config.batch_size,
     total_steps=config.total_steps,
     seed=config.seed,
@@ -350,6 +357,7 @@ class EvalBatches:
       ops=config.data.eval_ops,
       pack=_pack(config),
       text=self.parts.text,
+      objects=_objects(config),
       num_classes=self.parts.task.num_classes,
       parts=parts,
       part_count=part_count,
