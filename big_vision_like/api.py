@@ -158,6 +158,8 @@ class Source(Protocol):
   `label_names` names the classes; of a source with objects, those of `objects`.
   `hw(i)` is the image's (height, width) without decoding its pixels, `name(i)`
   what a log should call it (its file).
+  A source may also have `notes`, lines about what it found, `max_objects` of an
+  image, and, if it is panoptic, `is_thing` of each class.
   """
 
   label_names: tuple[str, ...]
@@ -195,6 +197,7 @@ class Batches(Protocol):
   """Lent to an evaluator by the loop: opens a pass over evaluation data."""
 
   label_names: tuple[str, ...]
+  is_thing: tuple[bool, ...] | None  # of each class, for panoptic data
 
   def __call__(
     self, *, split: str | None = None, **overrides: Any

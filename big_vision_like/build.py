@@ -333,6 +333,10 @@ class EvalBatches:
   def label_names(self) -> tuple[str, ...]:
     return self.parts.source.label_names
 
+  @property
+  def is_thing(self) -> tuple[bool, ...] | None:
+    return getattr(self.parts.source, "is_thing", None)
+
   def __call__(
     self, *, split: str | None = None, **overrides: Any
   ) -> Iterator[tuple[api.Batch, dict[str, Any]]]:
@@ -349,6 +353,12 @@ class EvalBatches:
     config = self.parts.config
     settings = dict(self.settings) | overrides
     source = make_source(config, split or settings.get("split", "validation"))
+    if config.data.objects and source.label_names != self.label_names:
+      raise ValueError(
+        f"The evaluation's classes {source.label_names} are not those of "
+        f"training, {self.label_names}: both files of config.data.source need "
+        "the same categories."
+      )
     settings.pop("split", None)
     settings.setdefault("batch_size", config.batch_size)
     parts, part_count = sharding.held_parts(self.parts.mesh)

@@ -53,6 +53,7 @@ NO_JAX = (
   "data/sources",
   "data/text.py",
   "data/objects.py",
+  "data/segmentations.py",
   "data/tokenizers",
 )
 

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from big_vision_like.api import Example
 from big_vision_like.data import ops
 from big_vision_like.data.packing import Batch
+from big_vision_like.data.segmentations import id_dtype
 
 # Bits of what is wrong with a box, and what is said of it. All but the last
 # have the box dropped.
@@ -184,8 +185,9 @@ class ObjectSpec:
 
   def blank_masks(self, *shape: int) -> Batch:
     """Empty places for the masks, if there are any: shape is [B,H,W]."""
-    dtype = np.uint8 if self.max_objects < 256 else np.uint16
-    return {"box_id_map": np.zeros(shape, dtype)} if self.masks else {}
+    if not self.masks:
+      return {}
+    return {"box_id_map": np.zeros(shape, id_dtype(self.max_objects))}
 
   def write(self, batch: Batch, row: int, example: Example) -> None:
     """Writes the objects of an image, whose ops are done, and their masks."""

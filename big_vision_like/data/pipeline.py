@@ -338,6 +338,9 @@ def fingerprint(source: Any) -> str:
     digest.update(repr((getattr(image, "shape", None), int(label))).encode())
     digest.update(bytes(example.get("multi_label", b"")))
     digest.update(repr(example.get("caption")).encode(errors="replace"))
+    if "label" not in example and "objects" in example:
+      digest.update(example["objects"]["boxes"].tobytes())
+      digest.update(example["objects"]["label"].tobytes())
     digest.update(bytes(image))
   return digest.hexdigest()[:12]
 
