@@ -84,7 +84,7 @@ def test_targets_agree_with_each_other(level):
     assert first[3] == source.label_names[example["label"]]
 
 
-@pytest.mark.parametrize("target", ("digit", "color", "background"))
+@pytest.mark.parametrize("target", ["digit", "color", "background"])
 def test_a_target_changes_the_labels_alone(target):
   plain = Source("validation", level="photo_multi")
   source = Source("validation", level="photo_multi", target=target)
