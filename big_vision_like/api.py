@@ -158,8 +158,9 @@ class Source(Protocol):
   `label_names` names the classes; of a source with objects, those of `objects`.
   `hw(i)` is the image's (height, width) without decoding its pixels, `name(i)`
   what a log should call it (its file).
-  A source may also have `notes`, lines about what it found, `max_objects` of an
-  image, and, if it is panoptic, `is_thing` of each class.
+  A source may also have `notes` and `faults`, lines about what it found and
+  what is wrong with it, `max_objects` of an image, and, if it is panoptic,
+  `is_thing` of each class.
   """
 
   label_names: tuple[str, ...]

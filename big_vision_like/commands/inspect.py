@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
   if not images:
     raise ValueError(f"No image of {args.data} can be read.")
   if notes := getattr(source, "notes", ()):
-    _print_section("Annotations", notes)
+    _print_section("Annotations", [*notes, *getattr(source, "faults", ())])
   _print_section("Sizes", sizes(images))
   _print_section("Labels", labels(images, source.label_names))
   if any(image.boxes is not None for image in images):

@@ -16,12 +16,14 @@ def numbers(values: Sequence[Any]) -> Float[np.ndarray, " n"]:
   )
 
 
-def encode(segmentation: Any, hw: Sequence[int]) -> bytes:
+def encode(segmentation: Any, hw: tuple[int, int]) -> bytes:
   """Polygons or an RLE as JSON; b"" if it is neither, or of another size."""
   if isinstance(segmentation, dict):
-    size = segmentation.get("size")
-    fits = size == list(hw) and "counts" in segmentation
-    return json.dumps(segmentation).encode() if fits else b""
+    runs = _runs(segmentation.get("counts"))
+    # pycocotools leaves memory as it was where runs end too early.
+    whole = sum(runs) == hw[0] * hw[1] and min(runs) >= 0
+    sound = whole and segmentation.get("size") == list(hw)
+    return json.dumps(runs).encode() if sound else b""
   if not isinstance(segmentation, list):
     return b""
   # pycocotools would take four numbers for a box, and NaN for a pixel.
@@ -32,12 +34,34 @@ def encode(segmentation: Any, hw: Sequence[int]) -> bytes:
 
 def decode(encoded: bytes, h: int, w: int) -> Bool[np.ndarray, "h w"]:
   """The mask of what `encode` gave."""
-  rle = json.loads(encoded)
-  if isinstance(rle, list):
-    rle = coco_mask.merge(coco_mask.frPyObjects(rle, h, w))
-  elif isinstance(rle["counts"], list):
-    rle = coco_mask.frPyObjects(rle, h, w)
+  outline = json.loads(encoded)
+  if isinstance(outline[0], list):
+    rle = coco_mask.merge(coco_mask.frPyObjects(outline, h, w))
+  else:
+    rle = coco_mask.frPyObjects({"size": [h, w], "counts": outline}, h, w)
   return coco_mask.decode(rle).astype(bool)
+
+
+def _runs(counts: Any) -> list[int]:
+  """The lengths of an RLE's runs; [-1] if it is none.
+
+  Compressed, a run takes letters of six bits, 48 being 0: five bits of the
+  number, least first, and whether there are more. The highest bit is the sign,
+  as from the fourth run on it stands for the difference to the last but one.
+  """
+  if isinstance(counts, list):
+    return counts if counts and all(type(n) is int for n in counts) else [-1]
+  runs, number, shift = [], 0, 0
+  for letter in counts if isinstance(counts, str) else "":
+    bits = ord(letter) - 48
+    number |= (bits & 31) << shift
+    shift += 5
+    if bits & 32:
+      continue
+    number -= (bits & 16) << shift - 4
+    runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+    number = shift = 0
+  return runs if runs and not shift else [-1]
 
 
 def instance_mask(

@@ -11,7 +11,13 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from big_vision_like.data import objects, ops, pipeline
+from big_vision_like.data import (
+  coco_json,
+  objects,
+  ops,
+  pipeline,
+  segmentations,
+)
 from big_vision_like.data.sources import coco
 
 
@@ -99,6 +105,7 @@ def test_broken_boxes_are_named_and_dropped_or_clipped(root, caplog):
   numbers = [int(n.split()[0]) for n in message.split("(annotation ")[1:]]
   assert set(numbers) <= set(ids)
   assert message.count("0004.png") == 2
+  assert coco.Source("train", root).faults == (message,)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,6 @@ def test_masks_of_every_form(root):
   flat = np.flatnonzero(np.diff(np.pad(inside.T.ravel(), 1)))
   counts = np.diff([0, *flat, h * w]).tolist()
   polygon = [[30, 10, 50, 10, 50, 20, 30, 20], [0, 0, 1, 1]]
-  from big_vision_like.data import segmentations
 
   for form in (compressed, {"size": [h, w], "counts": counts}, polygon):
     encoded = segmentations.encode(form, (h, w))
@@ -179,9 +185,30 @@ def test_masks_of_every_form(root):
     [[1, 2, 3, 4]],
     [[1, 2, 3, 4, 5, float("nan")]],
     {"size": [w, h], "counts": counts},
+    {"size": [h, w], "counts": counts[:-1]},
+    {"size": [h, w], "counts": [-1, *counts, 1]},
+    {"size": [h, w]},
+    {"size": [h, w], "counts": "~~~"},
+    {"size": [h, w], "counts": ""},
     "x",
   ):
     assert segmentations.encode(nothing, (h, w)) == b""
+
+
+def test_compressed_runs_are_those_of_pycocotools():
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    h, w = rng.integers(1, 90, 2).tolist()
+    mask = (rng.random((h, w)) < rng.choice([0, 0.01, 0.5, 1])).astype(np.uint8)
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    text = rle["counts"].decode()
+    form = {"size": [h, w], "counts": text}
+    encoded = segmentations.encode(form, (h, w))
+    np.testing.assert_array_equal(segmentations.decode(encoded, h, w), mask)
+    # What is cut would be memory as it was.
+    if len(text) > 1:
+      form["counts"] = text[:-1]
+      assert segmentations.encode(form, (h, w)) == b""
 
 
 def test_an_object_without_a_mask_is_dropped_where_masks_are_read(root, caplog):
@@ -244,7 +271,7 @@ def test_files_of_ones_own_are_found(root, tmp_path, layout):
     shutil.copytree(root / f"{split}2017", folder, dirs_exist_ok=True)
     to.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(root / "annotations" / f"instances_{split}2017.json", to)
-  for split in coco.SPLITS:
+  for split in coco_json.SPLITS:
     source = coco.Source(split, new)
     assert len(source) == 8
     assert source[0]["image"]
@@ -266,7 +293,7 @@ def test_one_file_is_held_out_of(root):
   file = root / "train2017" / "own.json"
   shutil.copy(root / "annotations" / "instances_train2017.json", file)
   whole = {coco.Source("train", file, holdout=0).name(i) for i in range(8)}
-  parts = [coco.Source(s, file, holdout=0.4) for s in coco.SPLITS]
+  parts = [coco.Source(s, file, holdout=0.4) for s in coco_json.SPLITS]
   names = [{p.name(i) for i in range(len(p))} for p in parts]
   assert names[0] | names[1] == whole
   assert not names[0] & names[1]
@@ -277,9 +304,9 @@ def test_one_file_is_held_out_of(root):
 
 def test_the_table_of_classes_is_told(root):
   notes = coco.Source("train", root).notes
-  assert "8 images, 1 of them without a box" in notes[0]
-  assert "1 of them crowds, at most" in notes[0]
-  assert notes[1] == "3 classes: 0 ant (id 3), 1 bee (id 17), 2 cat (id 90)"
+  assert "8 images, 1 of them without a box" in " ".join(notes)
+  assert "1 of them crowds, at most" in " ".join(notes)
+  assert notes[-1] == "3 classes: 0 ant (id 3), 1 bee (id 17), 2 cat (id 90)"
 
 
 def _category(content):
@@ -312,9 +339,9 @@ def _corners(content):
       _category,
       r"annotation \d+ of train0001.png has the category 5, which .* 3, 1",
     ),
-    (_twice("images"), "has several of the image id 1000"),
-    (_twice("categories"), "has several of the category id 90"),
-    (_twice("annotations"), "has several of the annotation id 3"),
+    (_twice("images"), "has several images with the id 1000"),
+    (_twice("categories"), "has several categories with the id 90"),
+    (_twice("annotations"), "has several annotations with the id 3"),
     (
       _fractions,
       r"fractions where pixels .* boxes are \(x, y, width, height\)",

@@ -13,9 +13,7 @@ by the rules of data/objects.py; annotations of images that the file does not
 list are left out, and with masks those without a segmentation.
 """
 
-import collections
 import functools
-import json
 import operator
 import os
 import textwrap
@@ -28,21 +26,9 @@ from absl import logging
 from jaxtyping import Float
 
 from big_vision_like.api import Example
-from big_vision_like.data import objects, ops, segmentations
+from big_vision_like.data import coco_json, objects, ops, segmentations
 from big_vision_like.data.sources import folder
 
-SPLITS = {
-  "train": ("train",),
-  "validation": ("val", "validation", "valid", "test"),
-}
-_ANNOTATIONS = (
-  "annotations/{kind}_{name}2017.json",
-  "annotations/{kind}_{name}.json",
-  "annotations/{name}.json",
-  "{name}.json",
-  "{name}/_annotations.coco.json",
-)
-_IMAGES = ("{name}2017", "{name}", "images/{name}", "images", ".")
 # Behind the flags of boxes, what else is wrong with an annotation.
 _STRANGE, _NO_MASK = 64, 128
 _FAULTS = objects.FLAGS | {
@@ -51,6 +37,7 @@ _FAULTS = objects.FLAGS | {
 }
 # Annotations that a warning names.
 _NAMED = 3
+_WIDTH = 78
 # With fewer boxes, most may be wrong by chance.
 _MANY = 100
 
@@ -73,6 +60,7 @@ class Source:
     is_thing: of each class, in panoptic files; else None.
     max_objects: the most objects of an image.
     notes: what the file has, and its table of classes, as lines.
+    faults: what is wrong with its annotations, as lines.
 
   Args:
     split: "train" or "validation".
@@ -105,29 +93,32 @@ class Source:
     raw_ids: bool = False,
     holdout: float = 0.1,
   ):
-    if split not in SPLITS:
+    if split not in coco_json.SPLITS:
       raise ValueError(
-        f"Unknown split {split!r} of COCO. There are: {', '.join(SPLITS)}."
+        f"Unknown split {split!r} of COCO. There are: "
+        f"{', '.join(coco_json.SPLITS)}."
       )
     if not 0 <= holdout < 1:
       raise ValueError(f"holdout is a share from 0 to below 1; got {holdout}.")
     root = Path(path).expanduser().absolute()
     kind = "panoptic" if panoptic else "instances"
     named = {"train": train, "validation": validation}
-    files = _annotation_files(root, kind, named)
+    files = coco_json.annotation_files(root, kind, named)
     self.file = files.get(split) or files["train"]
-    content = _read(self.file, panoptic)
+    content = coco_json.read(self.file, panoptic)
     self._read_categories(content["categories"], panoptic, raw_ids)
-    listed = sorted(content["images"], key=lambda image: image["id"])
+    listed = content["images"]
     if "validation" not in files:
-      listed = _held_out(listed, split, holdout)
+      named = [(image["file_name"], i) for i, image in enumerate(listed)]
+      kept = folder.held_out(named, split, holdout) if named else []
+      listed = [listed[i] for _, i in kept]
     if not listed:
       raise ValueError(f"{self.file} has no image for the split {split!r}.")
     self._read_images(listed)
     root = root if root.is_dir() else root.parent
-    folders = _folders(root, self.file, split, images)
+    folders = coco_json.image_folders(root, self.file, split, images)
     few = [image["file_name"] for image in listed[:10]]
-    self.root = _choose(folders, few, "the images")
+    self.root = coco_json.choose(folders, few, "the images")
     self._masks = masks
     annotations = content["annotations"]
     self._segments_root = None
@@ -139,11 +130,10 @@ class Source:
       if masks:
         few = [a["file_name"] for a in annotations[:10]]
         places = [self.file.with_suffix(""), root / self.file.stem]
-        self._segments_root = _choose(places, few, "the segments' PNGs")
-      annotations = _segments(annotations)
-    else:
-      ids = [a["id"] for a in annotations if "id" in a]
-      _refuse_twice("annotation", ids, self.file)
+        self._segments_root = coco_json.choose(
+          places, few, "the segments' PNGs"
+        )
+      annotations = coco_json.segments(annotations)
     others = {image["id"] for image in content["images"]}
     others -= set(self.image_ids.tolist())
     self._read_annotations(
@@ -153,8 +143,7 @@ class Source:
   def _read_categories(
     self, categories: Sequence[dict[str, Any]], panoptic: bool, raw_ids: bool
   ) -> None:
-    by_id = {c["id"]: c for c in sorted(categories, key=lambda c: c["id"])}
-    _refuse_twice("category", [c["id"] for c in categories], self.file)
+    by_id = {c["id"]: c for c in categories}
     if not by_id:
       raise ValueError(f"{self.file} has no categories.")
     ids = range(max(by_id) + 1) if raw_ids else by_id
@@ -169,7 +158,6 @@ class Source:
     self._used = tuple(by_id)
 
   def _read_images(self, images: Sequence[dict[str, Any]]) -> None:
-    _refuse_twice("image", [image["id"] for image in images], self.file)
     self.image_ids = np.array([image["id"] for image in images])
     self._files = _Strings(os.fsencode(i["file_name"]) for i in images)
     sizes = [(i.get("height"), i.get("width")) for i in images]
@@ -202,11 +190,11 @@ class Source:
     segments = None
     if self._masks and self._segments_root is None:
       segments = [
-        segmentations.encode(a.get("segmentation"), self._hw[i].tolist())
+        segmentations.encode(a.get("segmentation"), tuple(self._hw[i].tolist()))
         for a, i in zip(annotations, image)
       ]
       flags[np.array([not s for s in segments], bool) & (flags == 0)] = _NO_MASK
-    self._report(annotations, image, flags)
+    self.faults = self._report(annotations, image, flags)
     kept = np.flatnonzero(objects.is_sound(flags))
     kept = kept[np.argsort(image[kept], kind="stable")]
     self._starts = np.searchsorted(image[kept], np.arange(len(self) + 1))
@@ -231,7 +219,7 @@ class Source:
       file = os.fsdecode(self._files(image))
     return f"annotation {annotation.get('id')} of {file}"
 
-  def _report(self, annotations, image, flags) -> None:
+  def _report(self, annotations, image, flags) -> tuple[str, ...]:
     """Warns once of what is wrong, and refuses what can only be a mistake."""
     lines = []
     for flag, what in _FAULTS.items():
@@ -242,34 +230,32 @@ class Source:
       more = ", ..." if len(found) > _NAMED else ""
       lines.append(f"{len(found):,} {what} ({', '.join(first)}{more})")
     if not lines:
-      return
-    text = f"Of the {len(flags):,} annotations of {self.file}, " + "; ".join(
-      lines
-    )
+      return ()
+    what = "; ".join(lines)
+    text = f"Of the {len(flags):,} annotations of {self.file}, {what}"
     fractions = (flags & objects.FIRST_PIXEL > 0).mean() > 0.5
     if fractions or (len(flags) >= _MANY and (flags != 0).mean() > 0.5):
       raise ValueError(
         f"{text}. COCO's boxes are (x, y, width, height) in pixels."
       )
     _warn_once(f"{text}.")
+    return (f"{text}.",)
 
   @property
   def notes(self) -> tuple[str, ...]:
-    crowds, empty = (
-      int(self._crowd.sum()),
-      int((np.diff(self._starts) == 0).sum()),
+    counts = np.diff(self._starts)
+    found = (
+      f"{self.file}: {len(self):,} images, {(counts == 0).sum():,} of them "
+      f"without a box, {len(self._boxes):,} boxes, {self._crowd.sum():,} of "
+      f"them crowds, at most {self.max_objects} in an image"
     )
     table = ", ".join(
       f"{c} {name}" + (f" (id {id})" if c != id else "")
       for c, (name, id) in enumerate(zip(self.label_names, self.category_ids))
       if id in self._used
     )
-    return (
-      f"{self.file}: {len(self):,} images, {empty:,} of them without a box, "
-      f"{len(self._boxes):,} boxes, {crowds:,} of them crowds, at most "
-      f"{self.max_objects} in an image",
-      *textwrap.wrap(f"{len(self._used)} classes: {table}", 78),
-    )
+    classes = f"{len(self._used)} classes: {table}"
+    return (found, *textwrap.wrap(classes, _WIDTH))
 
   def __len__(self) -> int:
     return len(self._hw)
@@ -347,103 +333,6 @@ class _Strings:
 def _warn_once(text: str) -> None:
   """Each evaluation reads its file again."""
   logging.warning("%s", text)
-
-
-def _annotation_files(
-  root: Path, kind: str, named: dict[str, str | None]
-) -> dict[str, Path]:
-  """The JSON of each split; there is always a "train"."""
-  if root.is_file():
-    return {"train": root}
-  if not root.is_dir():
-    raise ValueError(f"{root}, where COCO's annotations should be, is missing.")
-  files = {}
-  for split, names in SPLITS.items():
-    candidates = [
-      root / pattern.format(kind=kind, name=name)
-      for name in names
-      for pattern in _ANNOTATIONS
-    ]
-    if named[split]:
-      candidates = [root / named[split]]
-    if found := next((c for c in candidates if c.is_file()), None):
-      files[split] = found
-    elif named[split] or split == "train":
-      tried = ", ".join(str(c.relative_to(root)) for c in candidates)
-      raise ValueError(f"{root} has no {split} annotations: no {tried}.")
-  return files
-
-
-def _read(file: Path, panoptic: bool) -> dict[str, Any]:
-  try:
-    content = json.loads(file.read_bytes())
-  except ValueError as e:
-    raise ValueError(f"{file} is not JSON: {e}.") from e
-  keys = ("images", "annotations", "categories")
-  if not isinstance(content, dict) or not set(keys) <= set(content):
-    found = sorted(content) if isinstance(content, dict) else type(content)
-    raise ValueError(f"{file} is not COCO's: it needs {keys}, not {found}.")
-  _check_fields(file, content["images"], "id", "file_name")
-  _check_fields(file, content["categories"], "id")
-  if any(
-    ("segments_info" in a) != panoptic for a in content["annotations"][:1]
-  ):
-    raise ValueError(
-      f"{file} has {'instances' if panoptic else 'segments'}: set "
-      f"config.data.source.panoptic={not panoptic}."
-    )
-  return content
-
-
-def _check_fields(file: Path, entries: Sequence[Any], *keys: str) -> None:
-  for entry in entries:
-    if not isinstance(entry, dict) or not set(keys) <= set(entry):
-      raise ValueError(
-        f"{file} is not COCO's: {entry} has no {' or no '.join(keys)}."
-      )
-
-
-def _held_out(images, split: str, holdout: float) -> list[dict[str, Any]]:
-  files = [(image["file_name"], i) for i, image in enumerate(images)]
-  kept = folder.held_out(files, split, holdout) if files else []
-  return [images[i] for _, i in kept]
-
-
-def _folders(
-  root: Path, file: Path, split: str, images: str | None
-) -> list[Path]:
-  """Where the images of a split may lie."""
-  places = [
-    root / (images or ".") / pattern.format(name=name)
-    for name in SPLITS[split]
-    for pattern in _IMAGES
-  ]
-  return list(dict.fromkeys([*places, *([] if images else [file.parent])]))
-
-
-def _choose(folders: Sequence[Path], files: Sequence[str], what: str) -> Path:
-  """The first folder that has any of the files."""
-  for place in folders:
-    if any((place / file).is_file() for file in files):
-      return place
-  raise ValueError(
-    f"Cannot find {what}: {', '.join(files[:1])} is not in "
-    f"{', '.join(map(str, folders))}."
-  )
-
-
-def _refuse_twice(what: str, ids: Sequence[Any], file: Path) -> None:
-  twice = [i for i, n in collections.Counter(ids).items() if n > 1]
-  if twice:
-    raise ValueError(f"{file} has several of the {what} id {twice[0]}.")
-
-
-def _segments(annotations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  return [
-    {**segment, "image_id": a["image_id"]}
-    for a in annotations
-    for segment in a["segments_info"]
-  ]
 
 
 def _boxes(annotations: Sequence[dict[str, Any]]) -> Float[np.ndarray, "n 4"]:
