@@ -300,7 +300,7 @@ def count_step_flops(
 
   By convention they are those of plain attention without rematerialisation:
   neither what a kernel skips nor what it computes twice counts. Of batches
-  with several shapes, which are equally likely, we take the mean.
+  with several shapes, we take the mean over how often they occur.
 
   With `remat`, what the config has computed twice counts twice.
   """
@@ -314,8 +314,13 @@ def count_step_flops(
     model, parts.task, tx, frozen=parts.config.optim.frozen
   )
   state = jax.eval_shape(make_init(dataclasses.replace(parts, model=model), tx))
-  specs = pipeline.specs(parts.train_data)
-  return sum(flops.count_flops(step, state, s) for s in specs) / len(specs)
+  return sum(
+    share * flops.count_flops(step, state, spec)
+    for spec, share in zip(
+      pipeline.specs(parts.train_data), pipeline.shares(parts.train_data)
+    )
+    if share
+  )
 
 
 def zeros(spec: api.Batch) -> api.Batch:

@@ -80,6 +80,12 @@ class CanvasBatches(grain.MapDataset):
     end = min(start + self.shard.batch_size, self.length)
     return [self._size(position) for position in range(start, end)]
 
+  def shares(self, steps: int = 32) -> list[float]:
+    """How often the first steps take each of the canvases."""
+    steps = range(min(steps, self.steps))
+    taken = [self.canvas(step, self.sizes(step)) for step in steps]
+    return [taken.count(canvas) / len(taken) for canvas in self.canvases]
+
   def _size(self, position: int) -> HW | None:
     rng = planning.random(self.reader.seed, position)
     try:

@@ -483,6 +483,14 @@ def specs(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]:
   return [spec(dataset)]
 
 
+def shares(dataset: Dataset) -> list[float]:
+  """About how often each of `specs` occurs."""
+  if isinstance(dataset, CanvasBatches):
+    return dataset.shares()
+  count = len(specs(dataset))
+  return [1 / count] * count
+
+
 def spec(dataset: Dataset) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and dtypes of the dataset's global batches, on the devices.
 

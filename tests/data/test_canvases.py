@@ -169,6 +169,10 @@ def test_specs_are_the_closed_set():
   # What the run is initialised with is the most that a step can need.
   assert pipeline.spec(dataset)["image"].shape == (4, 96, 96, 3)
   assert pipeline.spec(dataset) == pipeline.spec(train())
+  # For the mean cost of a step.
+  taken = [dataset[s]["image"].shape[1:3] for s in range(30)]
+  shares = [taken.count(canvas) / 30 for canvas in CANVASES]
+  np.testing.assert_allclose(pipeline.shares(dataset), shares)
 
 
 def test_hosts_share_each_batch_and_agree_on_its_canvas():
