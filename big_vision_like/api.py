@@ -46,10 +46,10 @@ closed set for each batch, that is 0 elsewhere:
   box_id_map  uint8 or uint16 [B,H,W], with data.objects.masks: 0, or 1 + the
               position in `boxes` of the segment that the pixel belongs to
 
-Training has no crowds. In an evaluation they are among the boxes, and on the
-host stand `box_crowd` bool [B,O] and `box_area` float32 [B,O], of the object in
-pixels of the original image. `object_counts` says what was wrong with boxes
-(see data/objects.py).
+Training has no crowds; an evaluation has them among the boxes. On the host it
+also has `box_crowd` bool [B,O], and of the original image `box_pixels` float32
+[B,O,4], (x0, y0, x1, y1), and `box_area` float32 [B,O], that of the object.
+`object_counts` says what was wrong with boxes (see data/objects.py).
 
 A model of two towers returns `zimg` and `ztxt`, float32 [B,E] or [B,M,E] of
 length 1 (0 in empty slots), and the scalars `t` and `b` (0 if it has none):
@@ -80,8 +80,9 @@ HOST_KEYS = (
   "text_id",
   "text_flags",
   "object_counts",
-  "box_crowd",
+  "box_pixels",
   "box_area",
+  "box_crowd",
 )
 # Mesh axes, in order. The batch is split over the first two.
 MESH_AXES = ("data", "fsdp", "tensor")

@@ -359,10 +359,11 @@ class EvalBatches:
     settings = dict(self.settings) | overrides
     source = make_source(config, split or settings.get("split", "validation"))
     if config.data.objects and source.label_names != self.label_names:
+      odd = sorted({*source.label_names} ^ {*self.label_names})
       raise ValueError(
-        f"The evaluation's classes {source.label_names} are not those of "
-        f"training, {self.label_names}: both files of config.data.source need "
-        "the same categories."
+        "The classes of evaluation and training differ in "
+        f"{', '.join(odd) or 'their order'}: both files of config.data.source "
+        "need the same categories."
       )
     settings.pop("split", None)
     settings.setdefault("batch_size", config.batch_size)

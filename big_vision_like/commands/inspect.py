@@ -233,10 +233,10 @@ def boxes(images: Sequence[Image], source: Any) -> list[str]:
   most = int(counts.max())
   # The paper has 100 for COCO, of which an image holds up to 93.
   queries = max(10, math.ceil(most / 10) * 10)
-  quantiles = np.percentile(counts, (50, 90, 99), method="higher")
+  quantiles = np.percentile(counts, (90, 99), method="higher")
   lines = [
     f"{counts.sum():,} boxes; in an image {_range(counts)}, up to "
-    "{} in 90 % and {} in 99 % of them".format(*quantiles[1:]),
+    "{} in 90 % and {} in 99 % of them".format(*quantiles),
     f"{int((counts == 0).sum()):,} images without a box",
     f"proposed: config.model.num_queries={queries}, config.data.objects."
     f"max_objects={queries}",

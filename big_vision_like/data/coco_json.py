@@ -25,6 +25,10 @@ def annotation_files(
 ) -> dict[str, Path]:
   """The JSON of each split; there is always a "train"."""
   if root.is_file():
+    if any(named.values()):
+      raise ValueError(
+        f"Give the folder of the files {named}, not the file {root}."
+      )
     return {"train": root}
   if not root.is_dir():
     raise ValueError(f"{root}, where COCO's annotations should be, is missing.")

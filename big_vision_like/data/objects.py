@@ -52,10 +52,12 @@ def check_boxes(
     boxes: (x0, y0, x1, y1) in pixels.
     hw: (height, width) of the image, or of that of each box.
   """
+  with np.errstate(over="ignore"):
+    boxes = boxes.astype(np.float32)
   size = np.broadcast_to(np.asarray(hw)[..., ::-1], (len(boxes), 2))
-  limit = np.concatenate([size, size], axis=1)
+  limit = np.concatenate([size, size], axis=1).astype(np.float32)
   finite = np.isfinite(boxes).all(axis=1)
-  boxes = np.where(finite[:, None], boxes, 0)
+  boxes = np.where(finite[:, None], boxes, np.float32(0))
   clipped = np.clip(boxes, 0, limit)
   side = boxes[:, 2:] - boxes[:, :2]
   inverted = finite & (side < 0).any(axis=1)
@@ -73,7 +75,7 @@ def check_boxes(
     + FIRST_PIXEL * first
     + CLIPPED * (sound & ~first & beyond)
   )
-  return clipped.astype(np.float32), flags
+  return clipped, flags
 
 
 def is_sound(flags: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
@@ -91,7 +93,7 @@ class ObjectSpec:
     max_objects: O, the most objects of an image. In training, the largest are
       kept; an evaluation refuses to lose any.
     masks: whether there is `box_id_map`, from the examples' `instance_mask`.
-    evaluation: whether crowds are kept, with `box_crowd` and `box_area`.
+    evaluation: whether crowds are kept, and what scores need is written.
   """
 
   canvases: Sequence[Sequence[int]]
@@ -142,12 +144,18 @@ class ObjectSpec:
         f"{name()} has {', '.join(sorted(example))}."
       )
     objects = example["objects"]
+    if not {"boxes", "label"} <= objects.keys():
+      raise ValueError(
+        f"The objects of {name()} need boxes and label, and have "
+        f"{', '.join(sorted(objects))}."
+      )
     boxes, flags = check_boxes(objects["boxes"], example["image"].shape[:2])
     kept = is_sound(flags)
     if not self.evaluation and "is_crowd" in objects:
       kept &= ~objects["is_crowd"]
     counts = [len(boxes), *((flags & flag > 0).sum() for flag in FLAGS), 0]
-    example = {**example, "objects": {**objects, "boxes": boxes}}
+    objects = {**objects, "boxes": boxes, "pixels": boxes}
+    example = {**example, "objects": objects}
     example["object_counts"] = np.array(counts, np.int32)
     return ops.keep_objects(example, kept)
 
@@ -179,8 +187,9 @@ class ObjectSpec:
       "object_counts": np.zeros((*shape, _COLUMNS), np.int32),
     }
     if self.evaluation:
-      arrays["box_crowd"] = np.zeros(room, bool)
+      arrays["box_pixels"] = np.zeros((*room, 4), np.float32)
       arrays["box_area"] = np.zeros(room, np.float32)
+      arrays["box_crowd"] = np.zeros(room, bool)
     return arrays
 
   def blank_masks(self, *shape: int) -> Batch:
@@ -205,8 +214,9 @@ class ObjectSpec:
     if self.masks:
       batch["box_id_map"][row, :h, :w] = example["instance_mask"]
     if self.evaluation:
-      height, width = example["image_hw"]
-      area = batch["boxes"][row, :n, 2:].prod(axis=1) * (height * width)
+      pixels = objects["pixels"]
+      area = (pixels[:, 2:] - pixels[:, :2]).prod(axis=1)
+      batch["box_pixels"][row, :n] = pixels
       batch["box_area"][row, :n] = objects.get("area", area)
       batch["box_crowd"][row, :n] = objects.get("is_crowd", False)
 

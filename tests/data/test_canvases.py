@@ -155,7 +155,7 @@ def test_batches_have_the_layout_of_the_contract():
     "object_counts": ((4, 8), "int32"),
   }
   scored = evaluation()[0]
-  assert set(scored) - set(batch) == {"box_crowd", "box_area"}
+  assert set(scored) - set(batch) == {"box_crowd", "box_area", "box_pixels"}
   device = set(pipeline.spec(evaluation()))
   assert device == set(batch) - set(api.HOST_KEYS)
   plain = dataclasses.replace(SPEC, masks=False)
@@ -214,13 +214,15 @@ def test_an_evaluation_is_in_order_and_filled_up():
   last = batches[-1]
   assert last["_mask"].tolist() == [True, False, False, False]
   assert not last["size"][1:].any()
-  for batch, i in ((batches[0], 2), (batches[3], 0)):
+  for batch, i in ((batches[0], 2), (batches[3], 2)):
     source = Boxes()[int(batch["example_id"][i])]
     assert batch["image_hw"][i].tolist() == list(source["image"].shape[:2])
-    area = batch["box_area"][i]
-    assert area.sum() == pytest.approx(
-      source["image"][..., 0].size * bool(area.any()), rel=1e-5
-    )
+    boxes = source["objects"]["boxes"]
+    n = len(boxes)
+    np.testing.assert_array_equal(batch["box_pixels"][i, :n], boxes)
+    assert not batch["box_pixels"][i, n:].any()
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    np.testing.assert_array_equal(batch["box_area"][i, :n], area)
 
 
 def test_an_evaluation_has_room_for_all_that_its_source_has():
@@ -289,9 +291,7 @@ def test_a_config_makes_them():
   batches = build.EvalBatches(parts, {})
   assert batches.is_thing == (True,) * 10 + (False,) * 14
   other = dataclasses.replace(parts, source=Boxes())
-  with pytest.raises(
-    ValueError, match=r"evaluation's classes .* are not those"
-  ):
+  with pytest.raises(ValueError, match=r"differ in .*, zero: both files"):
     next(build.EvalBatches(other, {"limit": 8})())
   placed = sharding.batch_sharding(parts.mesh)
   device, _ = pipeline.to_device(parts.train_data[0], placed)

@@ -385,6 +385,12 @@ def test_refusals(root, tmp_path):
   ):
     with pytest.raises(ValueError, match=sentence):
       coco.Source(**dict(split="train", path=root) | arguments)
+  file = root / "annotations" / "instances_train2017.json"
+  with pytest.raises(ValueError, match="Give the folder of the files"):
+    coco.Source("train", file, train="x.json")
+  rewrite(root, lambda c: c["categories"].append({"id": -1, "name": "elk"}))
+  with pytest.raises(ValueError, match=r"needs whole numbers .* -1, 3, 17, 90"):
+    coco.Source("train", root, raw_ids=True)
   (root / "x.json").write_text("{")
   with pytest.raises(ValueError, match=r"x\.json is not JSON"):
     coco.Source("train", root / "x.json")

@@ -25,6 +25,8 @@ HW = (30, 50)
     ([20, 4, 3, 30], objects.INVERTED, None),
     ([3, 30, 20, 4], objects.INVERTED, None),
     ([3, 4, 3, 30], objects.EMPTY, None),
+    ([45, 4, 45 + 1e-9, 30], objects.EMPTY, None),
+    ([3, 4, 1e300, 30], objects.NOT_FINITE, None),
     ([60, 4, 70, 30], objects.OUTSIDE, None),
     ([3, -9, 20, 0], objects.OUTSIDE, None),
     ([0.2, 0.3, 0.9, 1.0], objects.FIRST_PIXEL, None),
@@ -32,7 +34,7 @@ HW = (30, 50)
   ],
 )
 def test_boxes_are_clipped_or_dropped_by_rule(box, flag, clipped):
-  boxes = np.array([[1, 2, 5, 9], box], np.float32)
+  boxes = np.array([[1, 2, 5, 9], box], np.float64)
   for hw in (HW, np.array([(99, 99), HW])):
     found, flags = objects.check_boxes(boxes, hw)
     assert flags.tolist() == [0, flag]
@@ -129,7 +131,8 @@ def test_crowds_are_for_evaluation():
   batch = write(spec, example(boxes, [5, 6], **crowd))
   assert batch["box_label"][1].tolist() == [5, 6, -1]
   assert batch["box_crowd"][1].tolist() == [True, False, False]
-  np.testing.assert_allclose(batch["box_area"][1], [81, 4, 0], rtol=1e-6)
+  assert batch["box_area"][1].tolist() == [81, 4, 0]
+  assert batch["box_pixels"][1].tolist() == [*boxes, [0] * 4]
   area = np.array([7, 3], np.float32)
   batch = write(spec, example(boxes, [5, 6], area=area))
   assert batch["box_area"][1].tolist() == [7, 3, 0]
@@ -177,6 +180,10 @@ def test_examples_that_are_refused():
     left = {k: v for k, v in one.items() if k not in change}
     with pytest.raises(ValueError, match=sentence):
       SPEC.prepare(left, lambda: "it")
+  with pytest.raises(
+    ValueError, match="of it need boxes and label, and have b"
+  ):
+    SPEC.prepare(one | {"objects": {"boxes": None}}, lambda: "it")
   for label in (11, -1):
     with pytest.raises(
       ValueError, match=f"class {label} of an object of it is"

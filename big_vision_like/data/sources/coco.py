@@ -146,6 +146,11 @@ class Source:
     by_id = {c["id"]: c for c in categories}
     if not by_id:
       raise ValueError(f"{self.file} has no categories.")
+    if raw_ids and not all(type(i) is int and i >= 0 for i in by_id):
+      raise ValueError(
+        f"raw_ids=True needs whole numbers for the categories of {self.file}, "
+        f"which has {', '.join(map(str, by_id))}."
+      )
     ids = range(max(by_id) + 1) if raw_ids else by_id
     self.category_ids = tuple(ids)
     found = {i: by_id.get(i, {}) for i in ids}
