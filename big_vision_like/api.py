@@ -37,6 +37,20 @@ row too:
 A slot m whose m + 1 does not occur has no text. On the host stay `text_id`
 (equal for equal texts, -1 for none) and `text_flags` (see data/text.py).
 
+Images with objects (config.data.objects) lie top-left on a canvas, one of a
+closed set for each batch, that is 0 elsewhere:
+
+  size        int32   [B,2]    (height, width) of the image on the canvas
+  boxes       float32 [B,O,4]  (cx, cy, w, h) in fractions of that image
+  box_label   int32   [B,O]    class of the object, -1 where there is none
+  box_id_map  uint8 or uint16 [B,H,W], with data.objects.masks: 0, or 1 + the
+              position in `boxes` of the segment that the pixel belongs to
+
+Training has no crowds; an evaluation has them among the boxes. On the host it
+also has `box_crowd` bool [B,O], and of the original image `box_pixels` float32
+[B,O,4], (x0, y0, x1, y1), and `box_area` float32 [B,O], that of the object.
+`object_counts` says what was wrong with boxes (see data/objects.py).
+
 A model of two towers returns `zimg` and `ztxt`, float32 [B,E] or [B,M,E] of
 length 1 (0 in empty slots), and the scalars `t` and `b` (0 if it has none):
 t * <zimg, ztxt> + b are the logits.
@@ -65,6 +79,10 @@ HOST_KEYS = (
   "num_tokens",
   "text_id",
   "text_flags",
+  "object_counts",
+  "box_pixels",
+  "box_area",
+  "box_crowd",
 )
 # Mesh axes, in order. The batch is split over the first two.
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -135,9 +153,15 @@ class Source(Protocol):
   Items are dicts with `image` (encoded bytes, or uint8 [H,W,3]) and `id` (the
   index), and what the source has of `label` (int), `multi_label` (uint8
   [classes]), `objects`, masks and `caption` (str, or a list of several).
-  `label_names` names the classes.
+  `objects` is a dict of arrays: `boxes` float32 [O,4], (x0, y0, x1, y1) in
+  pixels, `label` int32 [O], and maybe `is_crowd` bool [O] and `area` float32
+  [O]; `instance_mask` [H,W] is 0 or 1 + a position in them.
+  `label_names` names the classes; of a source with objects, those of `objects`.
   `hw(i)` is the image's (height, width) without decoding its pixels, `name(i)`
   what a log should call it (its file).
+  A source may also have `notes` and `faults`, lines about what it found and
+  what is wrong with it, `max_objects` of an image, and, if it is panoptic,
+  `is_thing` of each class.
   """
 
   label_names: tuple[str, ...]
@@ -175,6 +199,7 @@ class Batches(Protocol):
   """Lent to an evaluator by the loop: opens a pass over evaluation data."""
 
   label_names: tuple[str, ...]
+  is_thing: tuple[bool, ...] | None  # of each class, for panoptic data
 
   def __call__(
     self, *, split: str | None = None, **overrides: Any

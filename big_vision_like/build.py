@@ -27,6 +27,7 @@ from big_vision_like import (
 )
 from big_vision_like.data import budgets, multi_scale, packing, pipeline
 from big_vision_like.data.batches import Faults
+from big_vision_like.data.objects import ObjectSpec
 from big_vision_like.data.text import TextSpec
 
 
@@ -187,6 +188,11 @@ def _pack(config: ConfigDict) -> packing.PackSpec | None:
   return packing.PackSpec(**plain(config.data.pack))
 
 
+def _objects(config: ConfigDict) -> ObjectSpec | None:
+  settings = plain(config.data.objects)
+  return ObjectSpec(**settings) if settings else None
+
+
 def make_train_data(
   config: ConfigDict,
   source: api.Source,
@@ -211,6 +217,7 @@ def make_train_data(
     scales=data.scales,
     repeats=data.repeats,
     text=text,
+    objects=_objects(config),
     batch_size=config.batch_size,
     total_steps=config.total_steps,
     seed=config.seed,
@@ -293,7 +300,7 @@ def count_step_flops(
 
   By convention they are those of plain attention without rematerialisation:
   neither what a kernel skips nor what it computes twice counts. Of batches
-  with several shapes, which are equally likely, we take the mean.
+  with several shapes, we take the mean over how often they occur.
 
   With `remat`, what the config has computed twice counts twice.
   """
@@ -307,8 +314,13 @@ def count_step_flops(
     model, parts.task, tx, frozen=parts.config.optim.frozen
   )
   state = jax.eval_shape(make_init(dataclasses.replace(parts, model=model), tx))
-  specs = pipeline.specs(parts.train_data)
-  return sum(flops.count_flops(step, state, s) for s in specs) / len(specs)
+  return sum(
+    share * flops.count_flops(step, state, spec)
+    for spec, share in zip(
+      pipeline.specs(parts.train_data), pipeline.shares(parts.train_data)
+    )
+    if share
+  )
 
 
 def zeros(spec: api.Batch) -> api.Batch:
@@ -326,6 +338,10 @@ class EvalBatches:
   def label_names(self) -> tuple[str, ...]:
     return self.parts.source.label_names
 
+  @property
+  def is_thing(self) -> tuple[bool, ...] | None:
+    return getattr(self.parts.source, "is_thing", None)
+
   def __call__(
     self, *, split: str | None = None, **overrides: Any
   ) -> Iterator[tuple[api.Batch, dict[str, Any]]]:
@@ -342,6 +358,13 @@ class EvalBatches:
     config = self.parts.config
     settings = dict(self.settings) | overrides
     source = make_source(config, split or settings.get("split", "validation"))
+    if config.data.objects and source.label_names != self.label_names:
+      odd = sorted({*source.label_names} ^ {*self.label_names})
+      raise ValueError(
+        "The classes of evaluation and training differ in "
+        f"{', '.join(odd) or 'their order'}: both files of config.data.source "
+        "need the same categories."
+      )
     settings.pop("split", None)
     settings.setdefault("batch_size", config.batch_size)
     parts, part_count = sharding.held_parts(self.parts.mesh)
@@ -350,6 +373,7 @@ class EvalBatches:
       ops=config.data.eval_ops,
       pack=_pack(config),
       text=self.parts.text,
+      objects=_objects(config),
       num_classes=self.parts.task.num_classes,
       parts=parts,
       part_count=part_count,

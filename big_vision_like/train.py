@@ -66,6 +66,8 @@ def train(
   compilation.enable_compilation_cache()
   checkpoint.check_same_config(folder, resolved)
   parts = build.build(config)
+  for line in getattr(parts.source, "notes", ()):
+    _say(line)
   with (
     jax.set_mesh(parts.mesh),
     observe.Interrupt() as interrupt,

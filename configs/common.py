@@ -70,6 +70,11 @@ def base() -> ConfigDict:
   # `Tokenizer` takes, and length, row (for packed images), pad and clean, see
   # data/text.py. None reads no captions.
   c.data.text = None
+  # Boxes in the place of labels, for stacked training of images of all sizes:
+  # canvases, a list of (height, width) of which each batch takes the smallest
+  # that holds it (one compile each), max_objects and masks, see
+  # data/objects.py. None reads labels.
+  c.data.objects = None
   # Worker processes (0: none) and reading threads, batches read ahead.
   c.data.workers = 0
   c.data.threads = 2

@@ -61,6 +61,7 @@ def test_sources_take_what_stands_behind_the_colon():
   assert settings("digit_scenes:photo/color") == dict(
     name="digit_scenes", level="photo", target="color"
   )
+  assert settings("coco:/a") == dict(name="coco", path="/a")
   assert settings("tfds:coco/2017:1.1.0") == dict(
     name="tfds", dataset="coco/2017:1.1.0"
   )

@@ -52,6 +52,9 @@ NO_JAX = (
   "data/budgets.py",
   "data/sources",
   "data/text.py",
+  "data/coco_json.py",
+  "data/objects.py",
+  "data/segmentations.py",
   "data/tokenizers",
 )
 

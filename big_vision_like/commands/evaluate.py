@@ -122,7 +122,8 @@ def _parts(run, evals, data, batch_size) -> build.Parts:
   mesh = sharding.make_mesh({"data": -1})
   config["batch_size"] = -(-batch_size // mesh.size) * mesh.size
   config["evals"] = evals
-  config["data"] = {"pack": None, "text": None, **_DATA, **config["data"]}
+  unset = dict.fromkeys(("pack", "text", "objects"))
+  config["data"] = {**unset, **_DATA, **config["data"]}
   if data is not None:
     config["data"]["source"] = sources.settings(data)
   if "source" not in config["data"]:

@@ -1,4 +1,4 @@
-"""Looks at a data set: sizes, labels, unreadable files, fill of packed rows.
+"""Looks at a data set: sizes, labels, boxes, unreadable files, packed rows.
 
 Decodes every image (or --limit of them, spread evenly over the set) and plans
 rows for the sizes it found, with the code that plans them for training.
@@ -18,7 +18,14 @@ import numpy as np
 import tqdm
 
 from big_vision_like import resolve
-from big_vision_like.data import budgets, ops, packing, planning, sources
+from big_vision_like.data import (
+  budgets,
+  objects,
+  ops,
+  packing,
+  planning,
+  sources,
+)
 
 # Classes that a table shows in full; of more, the two ends.
 SHOWN = 20
@@ -26,6 +33,10 @@ SHOWN = 20
 ROWS = 8 * planning.BLOCK
 BAR = 40
 CHUNK = 4096
+# Sides of the square of the same area that COCO tells boxes apart by.
+SMALL, LARGE = 32, 96
+# Bad boxes of a kind that are named.
+NAMED = 3
 ASPECTS = (0.0, 1 / 3, 1 / 2, 2 / 3, 0.9, 1.1, 3 / 2, 2.0, 3.0, math.inf)
 
 
@@ -69,8 +80,12 @@ def main(args: argparse.Namespace) -> None:
   _print_section("Unreadable", unreadable(source, broken))
   if not images:
     raise ValueError(f"No image of {args.data} can be read.")
+  if notes := getattr(source, "notes", ()):
+    _print_section("Annotations", [*notes, *getattr(source, "faults", ())])
   _print_section("Sizes", sizes(images))
   _print_section("Labels", labels(images, source.label_names))
+  if any(image.boxes is not None for image in images):
+    _print_section("Objects", boxes(images, source))
   _print_section(f"Rows of {args.length} tokens", fill(images, laws))
 
 
@@ -81,6 +96,8 @@ class Image:
   index: int
   hw: tuple[int, int]
   classes: tuple[int, ...]
+  boxes: np.ndarray | None = None  # [O,4], all but crowds
+  flags: np.ndarray | None = None  # [O], see data/objects.py
 
 
 def _choose(count: int, limit: int | None) -> list[int]:
@@ -121,9 +138,20 @@ def _read(source: Any, index: int) -> Image | str:
     return str(e)
   if "multi_label" in example:
     classes = np.flatnonzero(example["multi_label"]).tolist()
+  elif "label" not in example and "objects" in example:
+    classes = np.unique(example["objects"]["label"]).tolist()
   else:
     classes = [c for c in [int(example.get("label", -1))] if c >= 0]
-  return Image(index, (height, width), tuple(classes))
+  image = Image(index, (height, width), tuple(classes))
+  return (
+    _with_boxes(image, example["objects"]) if "objects" in example else image
+  )
+
+
+def _with_boxes(image: Image, found: dict[str, np.ndarray]) -> Image:
+  crowd = found.get("is_crowd", np.zeros(len(found["boxes"]), bool))
+  boxes, flags = objects.check_boxes(found["boxes"][~crowd], image.hw)
+  return dataclasses.replace(image, boxes=boxes, flags=flags)
 
 
 def unreadable(source: Any, broken: dict[int, str]) -> list[str]:
@@ -195,6 +223,55 @@ def labels(images: Sequence[Image], names: Sequence[str]) -> list[str]:
   if unknown:
     lines.append(f"labels outside the {len(names)} classes: {unknown}")
   return lines
+
+
+def boxes(images: Sequence[Image], source: Any) -> list[str]:
+  """Boxes an image and their sizes, crowds left out; bad ones by name."""
+  images = [image for image in images if image.boxes is not None]
+  sound = [objects.is_sound(image.flags) for image in images]
+  counts = np.array([kept.sum() for kept in sound])
+  most = int(counts.max())
+  # The paper has 100 for COCO, of which an image holds up to 93.
+  queries = max(10, math.ceil(most / 10) * 10)
+  quantiles = np.percentile(counts, (90, 99), method="higher")
+  lines = [
+    f"{counts.sum():,} boxes; in an image {_range(counts)}, up to "
+    "{} in 90 % and {} in 99 % of them".format(*quantiles),
+    f"{int((counts == 0).sum()):,} images without a box",
+    f"proposed: config.model.num_queries={queries}, config.data.objects."
+    f"max_objects={queries}",
+  ]
+  if most:
+    lines += ["", *_box_sizes(images, sound)]
+  for flag, what in objects.FLAGS.items():
+    bad = [(i.index, int((i.flags & flag > 0).sum())) for i in images]
+    if count := sum(n for _, n in bad):
+      first = [source.name(index) for index, n in bad if n][:NAMED]
+      lines.append(f"{count:,} boxes {what}, such as in {', '.join(first)}")
+  return lines
+
+
+def _box_sizes(
+  images: Sequence[Image], sound: Sequence[np.ndarray]
+) -> list[str]:
+  """Shares of COCO's three sizes, and a histogram of the share of an image."""
+  sides = [
+    np.sqrt((i.boxes[kept, 2:] - i.boxes[kept, :2]).prod(axis=1))
+    for i, kept in zip(images, sound)
+  ]
+  side = np.concatenate(sides)
+  small, large = (side < SMALL).mean(), (side >= LARGE).mean()
+  share = [s / math.sqrt(math.prod(i.hw)) for i, s in zip(images, sides)]
+  return [
+    f"side of the square of the same area {_range(side)} pixels: "
+    f"{small:.0%} small (below {SMALL}), {1 - small - large:.0%} medium, "
+    f"{large:.0%} large (from {LARGE})",
+    "",
+    "that side as a share of the image's",
+    *histogram(
+      np.concatenate(share), [*np.arange(11) / 10, math.inf], "{:.1f}"
+    ),
+  ]
 
 
 @dataclasses.dataclass(frozen=True)

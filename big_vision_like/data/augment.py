@@ -30,6 +30,7 @@ _TOP = 10.0
 _BINS = 31
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_BLANK = np.zeros((), np.uint8)
 
 
 def pixels(example: Example) -> np.ndarray:
@@ -44,6 +45,19 @@ def pixels(example: Example) -> np.ndarray:
       "An op that moves pixels got an undecoded image: put `decode` first."
     )
   return image
+
+
+def blank(h: int, w: int) -> np.ndarray:
+  """The stand-in of an image when only its size is asked for.
+
+  It is one byte, whatever its size; ops hand it on and look at no pixel.
+  """
+  return np.broadcast_to(_BLANK, (h, w, 3))
+
+
+def is_blank(image: np.ndarray) -> bool:
+  """Whether it is a stand-in, or a part of one."""
+  return np.may_share_memory(image, _BLANK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,10 +304,14 @@ def color_jitter(
     (ImageEnhance.Contrast, contrast),
     (ImageEnhance.Color, saturation),
   )
-  picture = Image.fromarray(pixels(example))
-  for i in rng.permutation(len(changes)):
-    enhance, width = changes[i]
-    factor = rng.uniform(1.0 - width, 1.0 + width)
+  drawn = [
+    (changes[i][0], rng.uniform(1.0 - changes[i][1], 1.0 + changes[i][1]))
+    for i in rng.permutation(len(changes))
+  ]
+  if is_blank(pixels(example)):
+    return example
+  picture = Image.fromarray(example["image"])
+  for enhance, factor in drawn:
     picture = enhance(picture).enhance(factor)
   return {**example, "image": np.asarray(picture)}
 

@@ -21,6 +21,7 @@ from jaxtyping import Int, UInt8
 from big_vision_like.api import Example
 from big_vision_like.data import ops as ops_lib
 from big_vision_like.data import packing, planning
+from big_vision_like.data.objects import ObjectFaults, ObjectSpec
 from big_vision_like.data.packing import Batch, PackSpec, Slot
 from big_vision_like.data.text import Text, TextFaults, TextSpec
 
@@ -129,13 +130,15 @@ class Reader:
     num_classes: the class count; None asks no questions.
     multi_label: the width of `multi_label`; None if the source has none.
     text: how captions become tokens; None leaves them out.
+    objects: what is read in the place of labels; None reads labels.
   """
 
-  op: Callable[[Example, np.random.Generator], Example]
+  op: ops_lib.Ops
   seed: int
   num_classes: int | None
   multi_label: int | None
   text: TextSpec | None = None
+  objects: ObjectSpec | None = None
 
   def read(
     self, source: Any, index: int, position: int
@@ -163,9 +166,13 @@ class Reader:
     rng = planning.random(self.seed, position)
     try:
       image = ops_lib.decode(example["image"])
-      kept = {k: example[k] for k in _KEPT if k in example}
       caption = example.get("caption")
-      example = self.op({**kept, "image": image}, rng)
+      keys = _KEPT if self.objects is None else self.objects.keys
+      example = {k: example[k] for k in keys if k in example}
+      example["image"] = image
+      if self.objects is not None:
+        example = self.objects.prepare(example, name)
+      example = self.op(example, rng)
     except ops_lib.BrokenImage:
       return None
     self._check(example, name)
@@ -175,6 +182,8 @@ class Reader:
     return example, rng
 
   def _check(self, example: Example, name: Callable[[], str]) -> None:
+    if self.objects is not None:
+      return self.objects.check(example, self.num_classes, name)
     label = example.get("label", -1)
     if self.num_classes and not -1 <= label < self.num_classes:
       raise ValueError(
@@ -193,11 +202,13 @@ class Reader:
   def blank(self, *shape: int) -> Batch:
     """Empty places for what `write` writes."""
     arrays = {
-      "label": np.full(shape, -1, np.int32),
       "example_id": np.full(shape, -1, np.int64),
       "image_hw": np.zeros((*shape, 2), np.int32),
       "broken_id": np.full(shape, -1, np.int64),
     }
+    if self.objects is not None:
+      return arrays | self.objects.blank(*shape)
+    arrays["label"] = np.full(shape, -1, np.int32)
     if self.multi_label is not None:
       arrays["multi_label"] = np.zeros((*shape, self.multi_label), np.uint8)
     if self.text is not None:
@@ -206,9 +217,11 @@ class Reader:
 
   def write(self, batch: Batch, at: Any, example: Example) -> None:
     """Copies to the place `at` of a batch what is neither pixels nor text."""
-    batch["label"][at] = example.get("label", -1)
     batch["example_id"][at] = example["id"]
     batch["image_hw"][at] = example["image_hw"]
+    if self.objects is not None:
+      return self.objects.write(batch, at, example)
+    batch["label"][at] = example.get("label", -1)
     if self.multi_label is not None:
       batch["multi_label"][at] = example["multi_label"]
 
@@ -227,15 +240,18 @@ class Faults:
   def __init__(
     self, name: Callable[[int], str], *, max_broken: float, training: bool
   ):
-    """Sets the limits, see the parts; `training` needs texts."""
+    """Sets the limits, see the parts; `training` needs texts, or boxes."""
     self.images = BrokenImages(name, max_broken=max_broken)
     self.texts = TextFaults(required=training)
+    self.objects = ObjectFaults(name, required=training)
 
   def update(self, host: dict[str, np.ndarray]) -> None:
     """Takes the host's part of a batch; raises where there is too much."""
     self.images.update(host)
     if "text_flags" in host:
       self.texts.update(host)
+    if "object_counts" in host:
+      self.objects.update(host)
 
 
 class BrokenImages:
@@ -337,7 +353,7 @@ class PackedBatches(grain.MapDataset):
     if isinstance(step, slice):
       return self.slice(step)
     batch = self.blank()
-    for j, row in enumerate(self.shard.rows(_within(step, self.steps))):
+    for j, row in enumerate(self.shard.rows(within(step, self.steps))):
       start, examples = 0, {}
       for number, slot in enumerate(self.plan(row)):
         read = self.reader.read(self.source, slot.index, slot.position)
@@ -392,7 +408,7 @@ class StackedBatches(grain.MapDataset):
   def __getitem__(self, step: int | slice) -> Any:
     if isinstance(step, slice):
       return self.slice(step)
-    return self.read(self.shard.rows(_within(step, self.steps)))
+    return self.read(self.shard.rows(within(step, self.steps)))
 
   def read(self, positions: Sequence[int]) -> Batch:
     """The batch of these positions of the stream."""
@@ -454,7 +470,7 @@ class TextBatches(grain.MapDataset):
     if isinstance(step, slice):
       return self.slice(step)
     batch = self.blank()
-    for j, row in enumerate(self.shard.rows(_within(step, self.steps))):
+    for j, row in enumerate(self.shard.rows(within(step, self.steps))):
       first = row * self.in_row
       texts = dict(enumerate(self.texts[first : first + self.in_row]))
       self._write(batch, j, first, texts)
@@ -473,7 +489,8 @@ class TextBatches(grain.MapDataset):
     batch["example_id"][row, : len(texts)] = first + np.arange(len(texts))
 
 
-def _within(step: int, steps: int) -> int:
+def within(step: int, steps: int) -> int:
+  """The step, or an IndexError if there is none such."""
   if not 0 <= step < steps:
     raise IndexError(f"There is no step {step}: the data has {steps} steps.")
   return step

@@ -24,7 +24,7 @@ from typing import Annotated, Any, get_args
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from big_vision_like.api import Example
@@ -49,6 +49,7 @@ MASKS = ("instance_mask", "semantic_mask")
 Pixels = UInt8[np.ndarray, "height width 3"]
 Range = tuple[float, float]
 Size = int | tuple[int, int]
+Sides = int | tuple[int, ...]
 Share = Annotated[float, "above 0, at most 1"]
 Box = tuple[int, int, int, int]
 
@@ -104,7 +105,7 @@ def resize(
 
   Bilinear is within 1.5 grey levels of `jax.image.resize(..., "bilinear")`,
   bicubic is Pillow's. The box is (x0, y0, x1, y1) in whole pixels. The result
-  may be a view of `image`, or read-only.
+  may be a view of `image`, or read-only. A blank stays blank.
   """
   if box is not None:
     x0, y0, x1, y1 = box
@@ -112,6 +113,8 @@ def resize(
   height, width = image.shape[:2]
   if (height, width) == (h, w):
     return image
+  if augment.is_blank(image):
+    return augment.blank(h, w)
   if interpolation == "bilinear" and h >= height and w >= width:
     image = np.ascontiguousarray(image)
     return cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR)
@@ -203,20 +206,24 @@ def _crop_resize(
     scale = np.array([w / (x1 - x0), h / (y1 - y0)] * 2, np.float32)
     boxes = (example["objects"]["boxes"] - origin) * scale
     boxes = np.clip(boxes, 0, np.array([w, h, w, h], np.float32))
-    _put_objects(out, boxes)
+    out["objects"] = {**example["objects"], "boxes": boxes}
+    # Of some objects, nothing is left.
+    return keep_objects(out, (boxes[:, 2:] > boxes[:, :2]).all(axis=1))
   return out
 
 
-def _put_objects(example: Example, boxes: np.ndarray) -> None:
-  """Gives the objects new boxes and drops those of which nothing is left."""
-  kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
-  objects = {**example["objects"], "boxes": boxes}
-  example["objects"] = {k: v[kept] for k, v in objects.items()}
-  if "instance_mask" in example and not kept.all():
+def keep_objects(example: Example, kept: Bool[np.ndarray, " o"]) -> Example:
+  """The example with some of its objects; the mask numbers them anew."""
+  if kept.all():
+    return example
+  objects = {k: v[kept] for k, v in example["objects"].items()}
+  out = {**example, "objects": objects}
+  if "instance_mask" in example:
     mask = example["instance_mask"]
     new_ids = np.zeros(len(kept) + 1, mask.dtype)
     new_ids[1:][kept] = np.arange(1, kept.sum() + 1)
-    example["instance_mask"] = new_ids[mask]
+    out["instance_mask"] = new_ids[mask]
+  return out
 
 
 def _hw(example: Example) -> tuple[int, int]:
@@ -337,12 +344,64 @@ def _random_box(
   return x, y, x + crop_w, y + crop_h
 
 
+def _detr_resize(
+  example: Example,
+  rng: np.random.Generator,
+  sides: Sides,
+  longest: int | None = None,
+) -> Example:
+  """DETR's resize to a shorter side of `sides`, and a longer up to `longest`.
+
+  The longer side is rounded down. Where `longest` limits it, the shorter side
+  is rounded first, and may be any.
+  """
+  h, w = _hw(example)
+  choices = (sides,) if isinstance(sides, int) else sides
+  n = choices[int(rng.integers(len(choices)))]
+  if longest is not None and max(h, w) / min(h, w) * n > longest:
+    # A sliver keeps one pixel.
+    n = max(1, round(longest * min(h, w) / max(h, w)))
+  h_new, w_new = n * h // min(h, w), n * w // min(h, w)
+  _check_size(h_new, w_new)
+  return _crop_resize(example, (0, 0, w, h), h_new, w_new)
+
+
+def _detr_crop(
+  example: Example,
+  rng: np.random.Generator,
+  sides: Sides,
+  low: int,
+  high: int,
+  p: float = 0.5,
+) -> Example:
+  """With probability p, DETR's resize to one of `sides`, and a crop of it.
+
+  Width and height of the crop are each uniform from `low` to `high`, or to the
+  side of the image where that is less.
+  """
+  shortest = min((sides,) if isinstance(sides, int) else sides)
+  if not low <= min(shortest, high):
+    raise ValueError(
+      f"detr_crop cuts {low} to {high} pixels out of images whose shorter side "
+      f"is {sides}: low is at most high and at most each of the sides."
+    )
+  if rng.random() >= p:
+    return example
+  example = _detr_resize(example, rng, sides)
+  h, w = _hw(example)
+  crop_w = int(rng.integers(low, min(w, high) + 1))
+  crop_h = int(rng.integers(low, min(h, high) + 1))
+  y = int(rng.integers(h - crop_h + 1))
+  x = int(rng.integers(w - crop_w + 1))
+  return _crop_resize(example, (x, y, x + crop_w, y + crop_h), crop_h, crop_w)
+
+
 def _flip_lr(
   example: Example, rng: np.random.Generator, p: float = 0.5
 ) -> Example:
   """Mirrors the image, its masks and its boxes with probability p."""
   w = _hw(example)[1]
-  if rng.random() >= p:
+  if rng.random() >= p or augment.is_blank(example["image"]):
     return example
   out = dict(example)
   for key in ("image", *MASKS):
@@ -375,6 +434,8 @@ OPS: dict[str, Callable[..., Example]] = {
   "center_crop": _center_crop,
   "random_crop": _random_crop,
   "random_resized_crop": _random_resized_crop,
+  "detr_resize": _detr_resize,
+  "detr_crop": _detr_crop,
   "flip_lr": _flip_lr,
   "keep": _keep,
   **augment.OPS,
@@ -391,6 +452,11 @@ def _is_tuple(value: Any, length: int, *types: type) -> bool:
 
 def _is_range(value: Any) -> bool:
   return _is_tuple(value, 2, int, float) and 0 < value[0] <= value[1]
+
+
+def _are_sides(value: Any) -> bool:
+  sides = value if isinstance(value, tuple) else (value,)
+  return bool(sides) and all(type(v) is int and v > 0 for v in sides)
 
 
 def _is_size(value: Any) -> bool:
@@ -424,6 +490,7 @@ _KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
   ),
   Range: (_is_range, "two numbers (low, high) with 0 < low <= high"),
   Size: (_is_size, "a positive whole number, or two of them (height, width)"),
+  Sides: (_are_sides, "a positive whole number, or several: (480, 512)"),
   Rgb: (
     lambda v: _is_tuple(v, 3, int, float) and min(v) >= 0,
     "three numbers (red, green, blue)",
@@ -449,6 +516,20 @@ class Ops:
     for op, args, kwargs in self.steps:
       example = op(example, rng, *args, **kwargs)
     return example
+
+  def output_hw(
+    self, hw: tuple[int, int], rng: np.random.Generator
+  ) -> tuple[int, int]:
+    """The size that an image of size `hw` gets, found without any pixels.
+
+    It is what a call with the same random numbers makes: no op draws more or
+    less because of pixels or objects.
+    """
+    for op, args, kwargs in self.steps:
+      if op is not _keep:
+        example = op({"image": augment.blank(*hw)}, rng, *args, **kwargs)
+        hw = _hw(example)
+    return hw
 
 
 def parse(spec: str) -> Ops:

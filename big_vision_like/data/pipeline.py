@@ -32,7 +32,9 @@ from big_vision_like.data.batches import (
   TextBatches,
 )
 from big_vision_like.data.budgets import Drop, Sizes
+from big_vision_like.data.canvases import CanvasBatches
 from big_vision_like.data.multi_scale import MultiScaleBatches
+from big_vision_like.data.objects import ObjectSpec
 from big_vision_like.data.packing import PackSpec
 from big_vision_like.data.streams import PackedStream
 from big_vision_like.data.text import TextSpec
@@ -51,13 +53,14 @@ def train_data(
   scales: Sequence[multi_scale.Scale] | None = None,
   repeats: int = 1,
   text: TextSpec | None = None,
+  objects: ObjectSpec | None = None,
   batch_size: int,
   total_steps: int,
   seed: int,
   num_classes: int | None,
   parts: Sequence[int] = (0,),
   part_count: int = 1,
-) -> PackedBatches | StackedBatches | MultiScaleBatches:
+) -> PackedBatches | StackedBatches | MultiScaleBatches | CanvasBatches:
   """The batches of training: shuffled anew each epoch, without end.
 
   Args:
@@ -70,6 +73,7 @@ def train_data(
       each step; `ops` then say {h} and {w}.
     repeats: how often an image of the stack comes in a row, see `Shuffle`.
     text: how captions become tokens; None leaves them out.
+    objects: for images with boxes, on canvases; None reads labels.
     batch_size: B, rows or images in the global batch; `scales` have their own.
     total_steps: how many batches there are. Only a drop schedule depends on
       it: with any other law, a longer run begins with the same batches.
@@ -85,6 +89,19 @@ def train_data(
   """
   _check_source(source, seed)
   order = batches.Shuffle(len(source), seed, repeats)
+
+  if objects is not None:
+    _check_objects(pack=pack, scales=scales, text=text)
+    return CanvasBatches(
+      source,
+      order=order,
+      length=total_steps * batch_size,
+      reader=_reader(
+        source, ops=ops, seed=seed, num_classes=num_classes, objects=objects
+      )[0],
+      shard=batches.Shard(batch_size, tuple(parts), part_count),
+      steps=total_steps,
+    )
 
   def stacked(*, ops: str, batch_size: int, length: int) -> StackedBatches:
     reader, image_shape = _reader(
@@ -147,12 +164,13 @@ def eval_data(
   pack: PackSpec | None = None,
   tokens: int | None = None,
   text: TextSpec | None = None,
+  objects: ObjectSpec | None = None,
   batch_size: int,
   limit: int | None = None,
   num_classes: int | None,
   parts: Sequence[int] = (0,),
   part_count: int = 1,
-) -> PackedBatches | StackedBatches:
+) -> PackedBatches | StackedBatches | CanvasBatches:
   """The batches of an evaluation: each example once, none dropped.
 
   Every host has the same number of steps; what is missing is filled up with
@@ -167,6 +185,7 @@ def eval_data(
       size. No image exceeds a row.
     text: how captions become tokens. A packed row has no more images than it
       has room for texts of `length`, so that none is cut for another.
+    objects: for images with boxes, on canvases; None reads labels.
     batch_size: B, rows or images in the global batch.
     limit: take only so many examples, spread evenly over the source.
     num_classes: the class count that labels are checked against.
@@ -178,17 +197,35 @@ def eval_data(
       larger than a row, or the limit is less than 1.
   """
   _check_source(source, 0)
+  if objects is not None:
+    _check_objects(pack=pack, text=text)
+    most = max(objects.max_objects, getattr(source, "max_objects", 0))
+    objects = dataclasses.replace(objects, max_objects=most, evaluation=True)
   reader, image_shape = _reader(
-    source, ops=ops, seed=0, num_classes=num_classes, text=text
+    source,
+    ops=ops,
+    seed=0,
+    num_classes=num_classes,
+    text=text,
+    objects=objects,
   )
   shard = batches.Shard(batch_size, tuple(parts), part_count)
   if limit is not None and limit < 1:
     raise ValueError(f"An evaluation needs 1 or more examples, not {limit}.")
   n = min(limit or len(source), len(source))
   indices = [i * len(source) // n for i in range(n)]
+  if pack is None and tokens is not None:
+    raise ValueError("A token budget needs packed rows: set data.pack.")
+  if objects is not None:
+    return CanvasBatches(
+      source,
+      order=indices.__getitem__,
+      length=n,
+      reader=reader,
+      shard=shard,
+      steps=-(-n // batch_size),
+    )
   if pack is None:
-    if tokens is not None:
-      raise ValueError("A token budget needs packed rows: set data.pack.")
     return StackedBatches(
       source,
       order=indices.__getitem__,
@@ -235,6 +272,15 @@ def text_data(
   return TextBatches(texts, like=like)
 
 
+def _check_objects(**others: Any) -> None:
+  for name, value in others.items():
+    if value is not None:
+      raise ValueError(
+        f"data.objects lays whole images on canvases: it needs data.{name} = "
+        "None."
+      )
+
+
 def _check_source(source: Any, seed: int) -> None:
   if not 1 <= len(source) < 2**32:
     raise ValueError(
@@ -250,10 +296,13 @@ def _reader(
   ops: str,
   seed: int,
   num_classes: int | None,
-  text: TextSpec | None,
+  text: TextSpec | None = None,
+  objects: ObjectSpec | None = None,
 ) -> tuple[batches.Reader, tuple[int, ...]]:
   """The reader, and the shape of the first image that it reads."""
-  reader = batches.Reader(ops_lib.parse(ops), seed, num_classes, None, text)
+  reader = batches.Reader(
+    ops_lib.parse(ops), seed, num_classes, None, text, objects
+  )
   for index in range(min(len(source), 100)):
     if (read := reader.read(source, index, index)) is None:
       continue
@@ -289,6 +338,9 @@ def fingerprint(source: Any) -> str:
     digest.update(repr((getattr(image, "shape", None), int(label))).encode())
     digest.update(bytes(example.get("multi_label", b"")))
     digest.update(repr(example.get("caption")).encode(errors="replace"))
+    if "label" not in example and "objects" in example:
+      digest.update(example["objects"]["boxes"].tobytes())
+      digest.update(example["objects"]["label"].tobytes())
     digest.update(bytes(image))
   return digest.hexdigest()[:12]
 
@@ -322,6 +374,7 @@ class BatchIterator:
 def open_iterator(
   dataset: PackedBatches
   | StackedBatches
+  | CanvasBatches
   | MultiScaleBatches
   | TextBatches
   | PackedStream,
@@ -411,26 +464,45 @@ def _watch(parent: int) -> None:
   os._exit(1)
 
 
-def specs(
-  dataset: PackedBatches | StackedBatches | MultiScaleBatches | PackedStream,
-) -> list[dict[str, jax.ShapeDtypeStruct]]:
+Dataset = (
+  PackedBatches
+  | StackedBatches
+  | MultiScaleBatches
+  | CanvasBatches
+  | PackedStream
+)
+
+
+def specs(dataset: Dataset) -> list[dict[str, jax.ShapeDtypeStruct]]:
   """`spec` of every shape that the dataset's batches have."""
   if isinstance(dataset, MultiScaleBatches):
     return [spec(part) for part in dataset.parts]
+  if isinstance(dataset, CanvasBatches):
+    rows = dataset.shard.batch_size
+    return [_spec(dataset.blank(c), rows) for c in dataset.canvases]
   return [spec(dataset)]
 
 
-def spec(
-  dataset: PackedBatches | StackedBatches | MultiScaleBatches | PackedStream,
-) -> dict[str, jax.ShapeDtypeStruct]:
+def shares(dataset: Dataset) -> list[float]:
+  """About how often each of `specs` occurs."""
+  if isinstance(dataset, CanvasBatches):
+    return dataset.shares()
+  count = len(specs(dataset))
+  return [1 / count] * count
+
+
+def spec(dataset: Dataset) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes and dtypes of the dataset's global batches, on the devices.
 
   Of batches with several shapes, those of the largest.
   """
-  rows = dataset.shard.batch_size
+  return _spec(dataset.blank(), dataset.shard.batch_size)
+
+
+def _spec(batch: Batch, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
   return {
     key: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
-    for key, x in dataset.blank().items()
+    for key, x in batch.items()
     if key not in HOST_KEYS
   }
 

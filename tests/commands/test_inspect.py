@@ -1,12 +1,13 @@
 """`inspect`: what it says of folders whose content is known."""
 
+import coco_files
 import cv2
 import numpy as np
 import pytest
 
 from big_vision_like import __main__ as command_line
 from big_vision_like.commands import inspect
-from big_vision_like.data import packing
+from big_vision_like.data import objects, packing
 
 
 def write(path, h, w):
@@ -145,3 +146,56 @@ def test_refusals(folder, capsys):
     code = command_line.main(["inspect", "--data", f"folder:{folder}", *argv])
     assert code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_report_of_coco_files(tmp_path, capsys):
+  coco_files.instances(tmp_path)
+  coco_files.instances(tmp_path, "val")
+  code = command_line.main(["inspect", "--data", f"coco:{tmp_path}"])
+  assert code == 0
+  out = capsys.readouterr().out
+  assert "3 classes: 0 ant (id 3), 1 bee (id 17), 2 cat (id 90)" in out
+  assert "1 are inverted, with a negative width or height: dropped" in out
+  assert "1 images without a box" in out
+  assert (
+    "config.model.num_queries=10, config.data.objects.max_objects=10" in out
+  )
+
+
+def boxed(index, *boxes, hw=(100, 100)):
+  found = np.array(boxes, np.float32).reshape(-1, 4)
+  crowd = np.zeros(len(found), bool)
+  image = inspect.Image(index, hw, ())
+  return inspect._with_boxes(image, {"boxes": found, "is_crowd": crowd})
+
+
+def test_boxes_are_counted_and_measured():
+  class Source:
+    name = "image {}".format
+
+  many = [[i, 0, i + 20, 20] for i in range(61)]
+  images = [
+    boxed(0),
+    boxed(1, [0, 0, 32, 32], [0, 0, 96, 96], [5, 5, 5, 9]),
+    boxed(2, *many),
+    inspect.Image(3, (9, 9), (1,)),
+  ]
+  lines = inspect.boxes(images, Source)
+  assert lines[0].startswith("63 boxes; in an image 0 to 61 (median 2)")
+  assert "1 images without a box" in lines
+  # As COCO's 93 in an image have 100.
+  assert "num_queries=70" in lines[2]
+  text = "\n".join(lines)
+  assert "97% small (below 32), 2% medium, 2% large (from 96)" in text
+  rows = [line.split()[:4] for line in lines]
+  assert ["0.2", "-", "0.3", "61"] in rows
+  assert ["0.9", "-", "1.0", "1"] in rows
+  assert f"1 boxes {objects.FLAGS[objects.EMPTY]}, such as in image 1" in text
+
+
+def test_crowds_are_no_boxes_to_count():
+  image = inspect.Image(0, (9, 9), ())
+  found = {"boxes": np.ones((2, 4)), "is_crowd": np.array([True, True])}
+  lines = inspect.boxes([inspect._with_boxes(image, found)], None)
+  assert lines[0].startswith("0 boxes")
+  assert "num_queries=10" in lines[2]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from big_vision_like.data import ops
+from big_vision_like.data import augment, ops
 
 RNG = np.random.default_rng(0)  # for ops that do not draw
 
@@ -279,6 +279,8 @@ def assert_aligned(example):
     "center_crop(24, 36)",
     "random_crop(29, 37)",
     "random_resized_crop(60, scale=(1, 1))",
+    "detr_resize(60)",
+    "detr_crop(60, 37, 60, p=1)",
   ],
 )
 def test_boxes_and_masks_move_with_the_image(spec):
@@ -361,6 +363,111 @@ def test_random_crop_reaches_every_place():
     tuple(op({"image": image}, rng)["image"][0, 0, :2]) for _ in range(200)
   }
   assert corners == {(y, x) for y in range(3) for x in range(4)}
+
+
+def detr_size(h, w, size, longest):
+  """DETR's arithmetic (datasets/transforms.py), in its order."""
+  low, high = float(min(w, h)), float(max(w, h))
+  if high / low * size > longest:
+    size = round(longest * low / high)
+  return (int(size * h / w), size) if w < h else (size, int(size * w / h))
+
+
+def test_detr_resize_rounds_as_the_reference():
+  rng = np.random.default_rng(0)
+  for _ in range(300):
+    h, w = (int(n) for n in rng.integers(7, 2000, 2))
+    size, longest = (int(n) for n in rng.integers((100, 900), (900, 1400)))
+    op = ops.parse(f"detr_resize({size}, {longest})")
+    assert op.output_hw((h, w), RNG) == detr_size(h, w, size, longest)
+  # Typical ones, one that is limited, a sliver.
+  op = ops.parse("detr_resize(800, 1333)")
+  for hw, after in (
+    ((480, 640), (800, 1066)),
+    ((640, 427), (1199, 800)),
+    ((375, 1000), (500, 1333)),
+    ((1, 5000), (1, 5000)),
+  ):
+    assert op.output_hw(hw, RNG) == after
+
+
+def test_detr_ops_draw_as_the_paper_says():
+  rng = np.random.default_rng(0)
+  op = ops.parse("detr_resize((20, 30, 50), 70)")
+  sides = [min(op.output_hw((101, 103), rng)) for _ in range(600)]
+  counts = np.unique(sides, return_counts=True)
+  assert counts[0].tolist() == [20, 30, 50]
+  assert stats.chisquare(counts[1]).pvalue > 1e-3
+  op = ops.parse("detr_crop((40, 50), 38, 60)")
+  drawn = [op.output_hw((101, 202), rng) for _ in range(2000)]
+  cropped = np.array([hw for hw in drawn if hw != (101, 202)])
+  assert 900 < len(cropped) < 1100  # four standard deviations
+  h, w = cropped.T
+  # The image is 40 x 80 or 50 x 100: w is uniform, h a mixture of two.
+  assert stats.chisquare(np.bincount(w - 38, minlength=23)).pvalue > 1e-3
+  expected = np.array([1 / 3 + 1 / 13] * 3 + [1 / 13] * 10)
+  expected *= len(h) / expected.sum()
+  found = np.bincount(h - 38, minlength=13)
+  assert stats.chisquare(found, expected).pvalue > 1e-3
+
+
+def test_detr_crop_cuts_what_it_says():
+  example = scene()
+  op = ops.parse("detr_crop(60, 17, 37, p=1)")
+  for seed in range(20):
+    after = op(example, np.random.default_rng(seed))
+    h, w = after["image"].shape[:2]
+    assert 17 <= h <= 37
+    assert 17 <= w <= 37
+    # The image was enlarged by two, so that no edge lies inside a pixel.
+    for i, box in enumerate(after["objects"]["boxes"], start=1):
+      if (after["instance_mask"] == i).any():
+        np.testing.assert_allclose(extents(after["instance_mask"], i), box)
+    numbers = set(np.unique(after["instance_mask"]))
+    assert numbers <= set(range(len(after["objects"]["label"]) + 1))
+
+
+CHAINS = (
+  "flip_lr|detr_crop((40, 50), 38, 60)|detr_resize((48, 52), 83)",
+  "resize(29)|resize_small(31)|center_crop(17, 41)|flip_lr(1)",
+  "random_crop(33)|color_jitter|random_resized_crop((21, 37))|flip_lr",
+  "color_jitter|random_erasing(1)|random_crop(17)",
+  "keep('objects')|resize_center_crop(19)|flip_lr|random_crop(7, 9)",
+  "rand_augment(3)|detr_resize((30, 40))|rand_augment_torchvision|flip_lr",
+)
+
+
+def test_every_op_is_in_a_chain():
+  named = "|".join(["decode", *CHAINS])
+  assert all(name in named for name in ops.OPS)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_dry_run_gives_the_real_size_and_draws_as_much(chain):
+  op = ops.parse("decode|" + chain)
+  moved = "rand_augment" not in chain  # which refuses boxes
+  for seed in range(30):
+    hw = np.random.default_rng([seed, 1]).integers(20, 90, 2).tolist()
+    example = {"image": noise(*hw, 3, seed=seed)}
+    if moved:
+      boxes = np.array([[1, 2, 19, 17]], np.float32)
+      example["objects"] = {"boxes": boxes, "label": np.array([3])}
+    dry, real = np.random.default_rng(seed), np.random.default_rng(seed)
+    if "keep" in chain:
+      op = ops.parse(chain.replace("keep('objects')", "keep('image')"))
+    after = op(example, real)
+    assert op.output_hw(tuple(hw), dry) == after["image"].shape[:2]
+    assert dry.random() == real.random()
+
+
+def test_a_blank_has_no_pixels_of_its_own():
+  blank = augment.blank(40_000, 30_000)
+  assert blank.shape == (40_000, 30_000, 3)
+  assert augment.is_blank(ops.resize(blank, 7, 9, box=(3, 4, 2000, 3000)))
+  # An image of one colour is an image.
+  plain = np.broadcast_to(np.uint8(7), (5, 7, 3))
+  assert not augment.is_blank(plain)
+  assert (ops.resize(plain, 11, 13) == 7).all()
 
 
 def test_an_absurd_aspect_ratio_is_a_broken_image():

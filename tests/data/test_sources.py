@@ -581,6 +581,18 @@ def test_tfds_names(toy, monkeypatch):
     size("toy")
 
 
+def test_tfds_boxes_in_pixels_are_refused():
+  objects = {"bbox": [[0.1, 0.2, 0.5, 0.7], [1, 2, 30, 40]], "area": [7, 9]}
+  with pytest.raises(
+    ValueError, match=r"\[ 1.  2. 30. 40.\]: in TFDS, boxes ar"
+  ):
+    tfds_source._objects(objects, (50, 60))
+  objects["bbox"] = [[0.1, 0.2, 0.5, 1.01]]
+  found = tfds_source._objects(objects, (50, 60))
+  np.testing.assert_allclose(found["boxes"], [[12, 5, 60.6, 25]], rtol=1e-6)
+  assert found["area"].dtype == np.float32
+
+
 def test_tfds_objects_become_boxes_in_pixels(tmp_path):
   box = tfds.features.BBox(ymin=0.1, xmin=0.25, ymax=0.5, xmax=1.0)
   objects = {

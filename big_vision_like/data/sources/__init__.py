@@ -2,6 +2,7 @@
 
 # The setting that stands behind the colon of "name:setting".
 _ARGUMENTS = {
+  "coco": "path",
   "digit_scenes": "level",
   "folder": "path",
   "tar": "path",

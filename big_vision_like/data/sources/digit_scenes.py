@@ -74,11 +74,13 @@ DIGITS = (
   "eight",
   "nine",
 )
+_BACKGROUNDS = tuple(re.sub("^an? ", "", p[2]) for p in PHOTOS)
 # What an image can be classified by.
 TARGETS = {
   "digit": DIGITS,
   "color": tuple(COLORS),
-  "background": tuple(re.sub("^an? ", "", p[2]) for p in PHOTOS),
+  "background": _BACKGROUNDS,
+  "panoptic": DIGITS + _BACKGROUNDS,
 }
 TRAIN_DIGITS = 1_300
 TRAIN_WIDTH = 0.75  # the share of a photograph's width seen in training
@@ -110,6 +112,7 @@ LEVELS = {
   "plain": Level((30, 39), 1.5, (1, 1), (0.8, 1.0), 5.0, BRIGHT, (0, 60)),
   "plain_multi": Level((38, 54), 1.4, (1, 3), (0.4, 0.75), 7.0, plain=(0, 255)),
   "photo": Level((48, 128), 1.8, (1, 1), (0.5, 0.9), 10.0),
+  "photo_boxes": Level((64, 96), 1.5, (1, 4), (0.2, 0.75), 10.0),
   "photo_multi": Level((96, 320), 2.0, (1, 6), (0.12, 0.7), 10.0),
 }
 
@@ -169,12 +172,14 @@ class Source:
     multi_label    uint8, the classes that occur
     objects        boxes float32 [O,4] (x0, y0, x1, y1) in pixels, the
                    right and lower edges exclusive; label int32 [O]; color
-                   int32 [O], a position in COLORS
+                   int32 [O], a position in COLORS, -1 for a photograph
     instance_mask  uint8 [H,W], 0 background, else 1 + position in objects
     semantic_mask  uint8 [H,W], 0 background, else 1 + class
     caption        "a large white four and a small red two on a cat"
   There is at least one digit. Digits do not cover each other. `target` is one
-  of TARGETS; it changes the labels alone.
+  of TARGETS; it changes the labels alone, but for "panoptic": its last object
+  is the photograph, all that is no digit, in the masks too. `is_thing` tells
+  the two kinds of classes apart.
   """
 
   split: str = "train"
@@ -200,15 +205,26 @@ class Source:
         f"got size={self.size}, seed={self.seed}."
       )
 
-    if self.target == "background" and LEVELS[self.level].plain:
+    photographs = ("background", "panoptic")
+    if self.target in photographs and LEVELS[self.level].plain:
       raise ValueError(
         f"The level {self.level!r} of digit_scenes has plain backgrounds; "
-        "target='background' is for the levels with photographs."
+        f"target={self.target!r} is for the levels with photographs."
       )
 
   @property
   def label_names(self) -> tuple[str, ...]:
     return TARGETS[self.target]
+
+  @property
+  def is_thing(self) -> tuple[bool, ...] | None:
+    if self.target != "panoptic":
+      return None
+    return tuple(name in DIGITS for name in self.label_names)
+
+  @property
+  def max_objects(self) -> int:
+    return LEVELS[self.level].digits[1] + (self.target == "panoptic")
 
   def __len__(self) -> int:
     return SIZES[self.split] if self.size is None else self.size
@@ -339,15 +355,24 @@ class _Scene:
     """The scene and all that is known of it, classified by a target."""
     boxes = np.array(self.boxes, np.float32)
     labels = np.array(self.labels, np.int32)
+    colors = np.array(self.colors, np.int32)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     by_size = np.argsort(-area, kind="stable")
     found = {
       "digit": labels,
-      "color": np.array(self.colors),
+      "color": colors,
       "background": np.full(len(labels), self.photo),
+      "panoptic": labels,
     }[target]
     multi_label = np.zeros(len(TARGETS[target]), np.uint8)
     multi_label[found] = 1
+    caption = self._caption(boxes, by_size[:3])
+    if target == "panoptic" and not self.instance_mask.all():
+      stuff = len(DIGITS) + self.photo
+      multi_label[stuff] = 1
+      boxes = np.concatenate([boxes, self._cover_rest()])
+      labels = np.append(labels, np.int32(stuff))
+      colors = np.append(colors, np.int32(-1))
     classes = np.zeros(256, np.uint8)
     classes[1 : 1 + len(labels)] = labels + 1
     return {
@@ -357,12 +382,19 @@ class _Scene:
       "objects": {
         "boxes": boxes,
         "label": labels,
-        "color": np.array(self.colors, np.int32),
+        "color": colors,
       },
       "instance_mask": self.instance_mask,
       "semantic_mask": cv2.LUT(self.instance_mask, classes),
-      "caption": self._caption(boxes, by_size[:3]),
+      "caption": caption,
     }
+
+  def _cover_rest(self) -> np.ndarray:
+    """Makes one more object of the pixels without one; its box [1,4]."""
+    rest = cv2.compare(self.instance_mask, 0, cv2.CMP_EQ)
+    self.instance_mask |= rest & np.uint8(len(self.labels) + 1)
+    left, top, width, height = cv2.boundingRect(rest)
+    return np.array([[left, top, left + width, top + height]], np.float32)
 
   def _caption(self, boxes: np.ndarray, order: np.ndarray) -> str:
     photo = "a plain background"

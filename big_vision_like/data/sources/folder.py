@@ -72,7 +72,7 @@ class Source:
       for file in _images(self.root / name)
     ]
     if "validation" not in splits:
-      files = _held_out(files, split, holdout)
+      files = held_out(files, split, holdout)
     if not files:
       raise ValueError(
         f"{root} has no image for the split {split!r} (holdout={holdout})."
@@ -214,7 +214,7 @@ def _files(directory: Path, extensions: tuple[str, ...]) -> Iterator[str]:
   return walk(str(directory), "")
 
 
-def _held_out(
+def held_out(
   files: list[tuple[str, int]], split: str, holdout: float
 ) -> list[tuple[str, int]]:
   """The files of a split; with any share at all, one is held out at least."""

@@ -87,7 +87,10 @@ class Source:
       example["label"] = int(record[self._label])
     if self._has_objects:
       hw = ops.image_hw(example["image"])
-      example["objects"] = _objects(record["objects"], hw)
+      try:
+        example["objects"] = _objects(record["objects"], hw)
+      except ValueError as e:
+        raise ValueError(f"{self.name(index)} {e}") from e
     for key in self._captions:
       example["caption"] = _caption(record[key])
     return example
@@ -202,10 +205,19 @@ def _objects(
 ) -> dict[str, np.ndarray]:
   """TFDS has lists, and boxes as (y0, x0, y1, x1) in shares of the sides."""
   boxes = np.array(objects["bbox"], np.float32).reshape(-1, 4)
+  if (boxes > 2).any():
+    raise ValueError(
+      f"has a box (y0, x0, y1, x1) = {boxes[(boxes > 2).any(axis=1)][0]}: in "
+      "TFDS, boxes are fractions of the image, and this one is in pixels."
+    )
   h, w = hw
   scale = np.array([w, h, w, h], np.float32)
   out = {"boxes": boxes[:, [1, 0, 3, 2]] * scale}
-  for key, dtype in (("label", np.int32), ("is_crowd", np.bool_)):
+  for key, dtype in (
+    ("label", np.int32),
+    ("is_crowd", np.bool_),
+    ("area", np.float32),
+  ):
     if key in objects:
       out[key] = np.array(objects[key], dtype)
   return out
