@@ -265,15 +265,18 @@ def test_gradients_of_training():
   assert set(got) == set(want)
   largest = max(map(np.linalg.norm, want.values()))
 
-  def worst(grads):
+  def worst(grads, inside):
     # Some are 0 in exact arithmetic, as of the keys' biases.
     return max(
       np.linalg.norm(grads[k] - x) / (np.linalg.norm(x) + 1e-4 * largest)
       for k, x in want.items()
+      if k.startswith("backbone/") == inside
     )
 
-  assert worst(single) < 5e-3
-  assert worst(got) < 3 * worst(single)
+  # On the way down 50 layers, rounding turns some of the ReLUs.
+  for inside, limit in ((False, 2e-3), (True, 0.03)):
+    assert worst(single, inside) < limit
+    assert worst(got, inside) < 3 * worst(single, inside)
 
 
 def same_variables(left, right):
