@@ -152,8 +152,10 @@ def make_schedule(
     linear    1 - (1 - end) * progress            end = 0, a share of lr
     cosine    end + (1 - end) * (1 + cos(pi * progress)) / 2        end = 0
     rsqrt     1 / sqrt(1 + t / timescale)         timescale = 10,000
+    steps     factor ** (how many of `drops` have passed)    factor = 0.1
 
-  Durations are steps, or, below 1, shares of `total_steps`.
+  Durations and drops are steps, or, below 1, shares of `total_steps`; drops
+  are counted from the start of the run.
 
   Raises:
     ValueError: for unknown names and settings, and if warmup and cooldown
@@ -167,6 +169,11 @@ def make_schedule(
   if "timescale" in settings:
     timescale = _steps(settings["timescale"], total_steps, "timescale")
     settings = settings | {"timescale": max(timescale, 1)}
+  if name == "steps" and "drops" not in settings:
+    raise ValueError(f"{where} needs drops, such as drops=(0.67,).")
+  if "drops" in settings:
+    drops = (_steps(at, total_steps, "drops") for at in settings["drops"])
+    settings = settings | {"drops": tuple(at - warmup for at in drops)}
   if warmup + cooldown > total_steps:
     raise ValueError(
       f"config.optim.schedule: warmup ({warmup} steps) and cooldown "
@@ -205,11 +212,17 @@ def _rsqrt(t, span, *, timescale: int | float = 10_000):
   return 1.0 / jnp.sqrt(1.0 + t / timescale)
 
 
+def _drops(t, span, *, drops: Sequence[int | float], factor: float = 0.1):
+  del span
+  return factor ** sum(jnp.where(t >= at, 1.0, 0.0) for at in drops)
+
+
 SCHEDULES = {
   "constant": _constant,
   "linear": _linear,
   "cosine": _cosine,
   "rsqrt": _rsqrt,
+  "steps": _drops,
 }
 
 

@@ -21,12 +21,14 @@ from big_vision_like import api, trees
 # attention are (D, K, head) for query, key and value, and (K, head, D) for out.
 #   data    every device holds everything; gradients are summed
 #   fsdp    every kernel and every table of tokens is cut along its width (the
-#           number of tokens or classes may be a prime) and gathered when used
+#           number of tokens or classes may be a prime) and gathered when used;
+#           small convolutions of masks, of 264 channels down to 1, stay whole
 #   tensor  fsdp, and heads and hidden units of the MLP are split besides
 # An axis of the mesh that has size 1 changes nothing.
 RULES: dict[str, trees.Rules] = {
   "data": ((".*", ()),),
   "fsdp": (
+    (".*mask_head/.*", ()),
     (".*attn/(query|key|value)/kernel", ("fsdp", None, None)),
     (".*(mlp/fc1|head)/kernel", ("fsdp", None)),
     (".*/kernel", ("fsdp",)),
@@ -34,6 +36,7 @@ RULES: dict[str, trees.Rules] = {
     (".*", ()),
   ),
   "tensor": (
+    (".*mask_head/.*", ()),
     (".*attn/(query|key|value)/kernel", ("fsdp", "tensor", None)),
     (".*attn/(query|key|value)/bias", ("tensor", None)),
     (".*attn/out/kernel", ("tensor", None, "fsdp")),

@@ -221,6 +221,7 @@ def closed_form(name, t):
     "linear": lambda: LR * (1 - done),
     "cosine": lambda: LR * (1 + np.cos(np.pi * done)) / 2,
     "rsqrt": lambda: LR / np.sqrt(1 + (t - 100) / 50),
+    "steps": lambda: LR * 0.5 ** ((t >= 457) + (t >= 700)),
   }[name]()
 
 
@@ -241,7 +242,10 @@ def test_cosine_from_and_to_a_share_of_the_learning_rate():
 @pytest.mark.parametrize("name", optim.SCHEDULES)
 @pytest.mark.parametrize("share", [False, True])
 def test_schedules_equal_their_closed_forms(name, share):
-  settings = dict(timescale=0.05 if share else 50) if name == "rsqrt" else {}
+  settings = {
+    "rsqrt": dict(timescale=0.05 if share else 50),
+    "steps": dict(drops=(0.457, 0.7) if share else (457, 700), factor=0.5),
+  }.get(name, {})
   fn = optim.make_schedule(
     lr=LR,
     total_steps=TOTAL,
@@ -300,12 +304,16 @@ def test_bfloat16_momentum_of_adamw():
     (
       dict(schedule=dict(name="cosin")),
       r"config\.optim\.schedule\.name = 'cosin' is unknown\. Did you mean "
-      r"'cosine'\? There are: constant, linear, cosine, rsqrt\.",
+      r"'cosine'\? There are: constant, linear, cosine, rsqrt, steps\.",
     ),
     (
       dict(schedule=dict(name="rsqrt", warm_up=3)),
       r"config\.optim\.schedule 'rsqrt' does not take 'warm_up'\. Did you "
       r"mean 'warmup'\? It takes: timescale, warmup, warmup_start, cooldown\.",
+    ),
+    (
+      dict(schedule=dict(name="steps")),
+      r"config\.optim\.schedule 'steps' needs drops",
     ),
     (
       dict(schedule=dict(name="rsqrt", warmup=70, cooldown=31)),

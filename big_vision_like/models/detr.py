@@ -15,6 +15,7 @@ Deviations:
   - A GroupNorm whose channels do not divide into 8 groups has fewer.
 """
 
+import inspect
 import math
 from collections.abc import Hashable, Mapping
 
@@ -275,11 +276,22 @@ class DETR(nn.Module):
   def maps(self, image, pixel_mask, *, train):
     """The backbone's maps up to the one that is read."""
     backbone = self.make_backbone(name="backbone")
-    if pixel_mask is None:
-      stages = backbone(image, train=train)["stages"]
-    else:
-      stages = backbone(image, pixel_mask, train=train)["stages"]
-    return stages[: None if self.stage is None else self.stage + 1]
+    name, inputs = self.backbone_settings["name"], {}
+    if pixel_mask is not None:
+      inputs["pixel_mask"] = pixel_mask
+      takes = inspect.signature(type(backbone).__call__).parameters
+      if "pixel_mask" not in takes:
+        raise ValueError(
+          f"config.model.backbone: {name!r} takes no pixel_mask, which "
+          "mask_padding needs; resnet does."
+        )
+    outputs = backbone(image, **inputs, train=train)
+    if "stages" not in outputs:
+      raise ValueError(
+        f"config.model.backbone: {name!r} returns no maps, `stages`; resnet "
+        "does."
+      )
+    return outputs["stages"][: None if self.stage is None else self.stage + 1]
 
   @property
   def backbone_settings(self) -> dict:

@@ -209,58 +209,74 @@ def test_all_layers_on_a_padded_batch(variant):
       assert error_of("masks", seen, alone["masks"]) < limits["masks"]
 
 
-def test_gradients_of_training():
-  """Of boxes, logits and masks by everything, without dropout.
-
-  Float32 against float64.
-  """
+def torch_gradients(module, weights):
+  """Of the weighted sum of logits, boxes and masks, by their names."""
   import torch
 
+  image, mask = padded()
+  kind = next(module.parameters()).dtype
+  module.train()
+  out = module(to_torch(image).to(kind), torch.from_numpy(mask))
+  outputs = (out.logits, out.pred_boxes, out.pred_masks)
+  loss = sum(
+    (x * torch.from_numpy(w).to(kind)).sum() for x, w in zip(outputs, weights)
+  )
+  loss.backward()
+  return {k: p.grad.numpy() for k, p in module.named_parameters()}
+
+
+def test_gradients_of_training():
+  """Of logits, boxes and masks by everything, without dropout.
+
+  As near to torch's float64 as torch's own float32 is, up to three times.
+  """
   depths = dict(encoder_layers=1, decoder_layers=2)
-  module = of_transformers("R50-panoptic", dropout=0.0, **depths).double()
+  module = of_transformers("R50-panoptic", dropout=0.0, **depths)
   sizes = dict(encoder_depth=1, decoder_depth=2)
   still = dict(dropout=0.0, attention_dropout=0.0)
   model = make("R50-panoptic", sizes=sizes, mask_padding=False, **still)
   variables, _ = load(tensors(module), model)
-  image, mask = padded()
-  module.train()
-  out = module(to_torch(image).double(), torch.from_numpy(mask))
-  theirs = dict(logits=out.logits, boxes=out.pred_boxes, masks=out.pred_masks)
   rng = np.random.default_rng(2)
-  weights = {
-    k: rng.normal(size=x.shape).astype(np.float32)
-    * (100 if k == "boxes" else 1)
-    for k, x in theirs.items()
-  }
-  sum(
-    (theirs[k] * torch.from_numpy(w)).sum() for k, w in weights.items()
-  ).backward()
+  rows = (len(SIZES), QUERIES)
+  shapes = ((*rows, CLASSES + 1), (*rows, 4), (*rows, 32, 40))
+  weights = [
+    (scale * rng.normal(size=s)).astype(np.float32)
+    for s, scale in zip(shapes, (1, 30, 0.1))
+  ]
+  image, mask = map(jnp.asarray, padded())
 
   @jax.jit
   def gradients(params, stats):
     def loss(params):
-      out = model.apply(
-        {"params": params, "batch_stats": stats},
-        jnp.asarray(image),
-        jnp.asarray(mask),
-        train=True,
-      )
-      last = {"masks": out["masks"]}
-      last |= {k: out[k][-1] for k in ("logits", "boxes")}
-      return sum((last[k] * w).sum() for k, w in weights.items())
+      variables = {"params": params, "batch_stats": stats}
+      out = model.apply(variables, image, mask, train=True)
+      last = (out["logits"][-1], out["boxes"][-1], out["masks"])
+      return sum((x * w).sum() for x, w in zip(last, weights))
 
     return jax.grad(loss)(params)
 
+  def ours(grads):
+    rest = {k: x for k, x in tensors(module).items() if k not in grads}
+    return trees.flatten(load(grads | rest, model)[0]["params"])
+
+  want = ours(torch_gradients(copy.deepcopy(module).double(), weights))
+  single = ours(torch_gradients(module, weights))
   got = trees.flatten(gradients(variables["params"], variables["batch_stats"]))
-  named = {k: p.grad.numpy() for k, p in module.named_parameters()}
-  rest = {k: x for k, x in tensors(module).items() if k not in named}
-  want = trees.flatten(load(named | rest, model)[0]["params"])
   assert set(got) == set(want)
   largest = max(map(np.linalg.norm, want.values()))
-  for k, x in want.items():
-    size = np.linalg.norm(x)
-    # Those that are 0 in exact arithmetic, as of a key's bias, are rounding.
-    assert np.linalg.norm(got[k] - x) < 2e-4 * size + 1e-7 * largest, k
+
+  def worst(grads, inside):
+    # Some are 0 in exact arithmetic, as of the keys' biases.
+    return max(
+      np.linalg.norm(grads[k] - x) / (np.linalg.norm(x) + 1e-4 * largest)
+      for k, x in want.items()
+      if k.startswith("backbone/") == inside
+    )
+
+  # On the way down 50 layers, rounding turns some of the ReLUs.
+  for inside, limit in ((False, 2e-3), (True, 0.03)):
+    assert worst(single, inside) < limit
+    assert worst(got, inside) < 3 * worst(single, inside)
 
 
 def same_variables(left, right):
