@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Shaped
 
 from big_vision_like import api
 
@@ -102,8 +102,8 @@ def gather(predict: api.Predict, batches: Any) -> dict[str, np.ndarray]:
 
 
 def global_rows(
-  batch: api.Batch, rows: Int64[np.ndarray, "b ..."]
-) -> Int64[np.ndarray, "c ..."]:
+  batch: api.Batch, rows: Shaped[np.ndarray, "b ..."]
+) -> Shaped[np.ndarray, "c ..."]:
   """Host rows of all processes, in the order of the global batch."""
   if jax.process_count() == 1:
     return rows
@@ -113,13 +113,13 @@ def global_rows(
     for shard in array.addressable_shards
     for row in range(*shard.index[0].indices(len(array)))
   }
-  # JAX would cut them to 32 bits.
-  halves = np.ascontiguousarray(rows)[..., None].view(np.int32)
-  at, halves = multihost_utils.process_allgather(
-    (np.array(sorted(held), np.int32), halves), tiled=True
+  # JAX would cut numbers of 64 bits to 32.
+  raw = np.ascontiguousarray(rows)[..., None].view(np.uint8)
+  at, raw = multihost_utils.process_allgather(
+    (np.array(sorted(held), np.int32), raw), tiled=True
   )
-  out = np.empty((len(array), *rows.shape[1:]), np.int64)
-  out[at] = np.ascontiguousarray(halves).view(np.int64)[..., 0]
+  out = np.empty((len(array), *rows.shape[1:]), rows.dtype)
+  out[at] = np.ascontiguousarray(raw).view(rows.dtype)[..., 0]
   return out
 
 

@@ -119,9 +119,8 @@ def _finite(cost):
 def _start(cost, valid):
   """Each target has its cheapest query, unless another came before it."""
   n, targets, queries = cost.shape
-  best = cost.argmin(-1).astype(jnp.int32)
-  claim = _at(best, queries) & valid[..., None]
-  target_of = jnp.where(claim.any(1), claim.argmax(1).astype(jnp.int32), -1)
+  best = _first(cost == cost.min(-1, keepdims=True), 2)
+  target_of = _first(_at(best, queries) & valid[..., None], 1)
   own = jnp.take_along_axis(target_of, best, 1) == jnp.arange(targets)
   zeros = jnp.zeros((n, queries), cost.dtype)
   blank = jnp.zeros(n, jnp.int32)
@@ -151,8 +150,8 @@ def _look(cost, s):
   least = ahead.min(1)
   nearest = ahead == least[:, None]
   # Of queries that are equally near, one that is free ends the search.
-  rank = nearest.astype(jnp.int8) + (nearest & (s.target_of < 0))
-  query = rank.argmax(1).astype(jnp.int32)
+  free = _first(nearest & (s.target_of < 0), 1)
+  query = jnp.where(free >= 0, free, _first(nearest, 1))
   target = s.target_of[problems, query]
   found, goes_on = looks & (target < 0), looks & (target >= 0)
   back = cost[problems, target, query] + s.price[problems, query]
@@ -189,8 +188,7 @@ def _flip(s):
 
 def _next_target(s, done, valid):
   """Problems that are `done` with a path begin that of the next target."""
-  open_ = valid & (s.query_of < 0)
-  row = jnp.where(open_.any(1), open_.argmax(1).astype(jnp.int32), -1)
+  row = _first(valid & (s.query_of < 0), 1)
   return s._replace(
     row=jnp.where(done, row, s.row),
     offset=jnp.where(done, 0, s.offset),
@@ -202,3 +200,14 @@ def _next_target(s, done, valid):
 def _at(index, size):
   """bool [... size]: is this the index?"""
   return index[..., None] == jnp.arange(size, dtype=index.dtype)
+
+
+def _first(hits, axis):
+  """int32: the first index along an axis where there is a hit, or -1.
+
+  A minimum is a loop that CPUs vectorise, and argmax is not.
+  """
+  size = hits.shape[axis]
+  at = jnp.where(hits, lax.broadcasted_iota(jnp.int32, hits.shape, axis), size)
+  first = at.min(axis)
+  return jnp.where(first < size, first, -1)

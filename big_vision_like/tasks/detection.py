@@ -12,7 +12,7 @@ from big_vision_like.metrics import Mean
 from big_vision_like.tasks import classification
 
 MASK_AREAS = ("image", "canvas")
-_TRUTH = ("boxes", "box_label", "box_crowd", "box_id_map")
+_TRUTH = ("boxes", "box_label", "box_id_map")
 
 
 @dataclasses.dataclass(frozen=True)
