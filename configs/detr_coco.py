@@ -73,9 +73,7 @@ def get_config(arg=None):
 
 def _backbone(c, a):
   c.notice = f"This trains the backbone of the local DETR on {a.data}."
-  c.task = dict(
-    name="classification", loss_name="softmax"
-  )
+  c.task = dict(name="classification", loss_name="softmax")
   c.task.mean, c.task.std = _MEAN, _STD
   c.model = dict(name="resnet", variant="local")
   c.total_steps = a.steps or 1500

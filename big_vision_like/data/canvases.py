@@ -5,6 +5,10 @@ Carion et al., "End-to-End Object Detection with Transformers" (arXiv
 smallest canvas of a closed set that holds all images of the global batch. Every
 host finds it without asking the others: the sizes after the ops follow from
 random numbers and from `hw` of the source, and no pixel is read for them.
+
+A large batch has images of all shapes, so that all would lie on the largest
+canvas. Hence the images of a window of several batches are first sorted by the
+canvas that each needs; the order of the window's batches is drawn anew.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +22,8 @@ from big_vision_like.data.batches import Reader, Shard, within
 from big_vision_like.data.packing import Batch
 
 HW = tuple[int, int]
+# A position in the stream, and (height, width) of its image after the ops.
+Placed = tuple[int, HW | None]
 
 
 class CanvasBatches(grain.MapDataset):
@@ -42,6 +48,7 @@ class CanvasBatches(grain.MapDataset):
     self.reader, self.shard, self.steps = reader, shard, steps
     self.spec = reader.objects
     self.canvases = [tuple(canvas) for canvas in self.spec.canvases]
+    self._window: tuple[int, list[list[Placed]]] | None = None
 
   def __len__(self) -> int:
     return self.steps
@@ -63,30 +70,55 @@ class CanvasBatches(grain.MapDataset):
   def __getitem__(self, step: int | slice) -> Any:
     if isinstance(step, slice):
       return self.slice(step)
-    start = within(step, self.steps) * self.shard.batch_size
-    sizes = self.sizes(step)
-    batch = self.blank(self.canvas(step, sizes))
-    for j, position in enumerate(self.shard.rows(step)):
+    first = within(step, self.steps) * self.shard.batch_size
+    placed = self.placed(step)
+    batch = self.blank(self.canvas(placed))
+    for j, row in enumerate(self.shard.rows(step)):
+      position, size = placed[row - first]
       if position < self.length:
-        self._place(batch, j, position, sizes[position - start])
+        self._place(batch, j, position, size)
     return batch
 
-  def sizes(self, step: int) -> list[HW | None]:
-    """(height, width) after the ops of each image of the global batch.
+  def placed(self, step: int) -> list[Placed]:
+    """Of each row of the global batch, its position and the image's size.
 
-    None stands for an image that is known to be broken.
+    The size is that after the ops, None of an image that is known to be broken
+    or where the data has ended.
     """
-    start = step * self.shard.batch_size
-    end = min(start + self.shard.batch_size, self.length)
-    return [self._size(position) for position in range(start, end)]
+    number, offset = divmod(step, self.spec.window)
+    window = self._window
+    # Threads that meet here find the same.
+    if window is None or window[0] != number:
+      self._window = window = number, self._sort(number)
+    return window[1][offset]
+
+  def _sort(self, number: int) -> list[list[Placed]]:
+    """The batches of a window."""
+    b, w = self.shard.batch_size, self.spec.window
+    w = min(w, self.steps - number * w)
+    first = number * self.spec.window * b
+    placed = [(p, self._size(p)) for p in range(first, first + w * b)]
+    if w == 1:
+      return [placed]
+    placed.sort(key=self._rank)
+    order = planning.random(self.reader.seed, first).permutation(w)
+    return [placed[i * b : (i + 1) * b] for i in order]
+
+  def _rank(self, placed: Placed) -> tuple[bool, int, int]:
+    """The end of the data last, else by the canvas that the image needs."""
+    position, size = placed
+    h, w = (size and self.spec.smallest(size)) or (0, 0)
+    return position >= self.length, h * w, h
 
   def shares(self, steps: int = 32) -> list[float]:
     """How often the first steps take each of the canvases."""
     steps = range(min(steps, self.steps))
-    taken = [self.canvas(step, self.sizes(step)) for step in steps]
+    taken = [self.canvas(self.placed(step)) for step in steps]
     return [taken.count(canvas) / len(taken) for canvas in self.canvases]
 
   def _size(self, position: int) -> HW | None:
+    if position >= self.length:
+      return None
     rng = planning.random(self.reader.seed, position)
     try:
       hw = self.source.hw(self.order(position))
@@ -94,24 +126,24 @@ class CanvasBatches(grain.MapDataset):
     except ops.BrokenImage:
       return None
 
-  def canvas(self, step: int, sizes: Sequence[HW | None]) -> HW:
-    """The smallest canvas that holds the images of a step.
+  def canvas(self, placed: Sequence[Placed]) -> HW:
+    """The smallest canvas that holds the images of a batch.
 
     Raises:
       ValueError: naming an image, if it fits none.
     """
-    known = [size for size in sizes if size is not None] or [(0, 0)]
+    known = [size for _, size in placed if size is not None] or [(0, 0)]
     h, w = (max(sides) for sides in zip(*known))
     canvas = self.spec.smallest((h, w))
     if canvas is not None:
       return canvas
     largest = max(self.canvases, key=lambda c: c[0] * c[1])
-    row, size = next(
-      (row, size)
-      for row, size in enumerate(sizes)
+    position, size = next(
+      (position, size)
+      for position, size in placed
       if size is not None and (size[0] > largest[0] or size[1] > largest[1])
     )
-    index = self.order(step * self.shard.batch_size + row)
+    index = self.order(position)
     raise ValueError(
       f"{self.source.name(index)} is {size[0]} x {size[1]} after the ops, and "
       f"the largest of config.data.objects.canvases is {largest[0]} x "

@@ -93,12 +93,14 @@ class ObjectSpec:
     max_objects: O, the most objects of an image. In training, the largest are
       kept; an evaluation refuses to lose any.
     masks: whether there is `box_id_map`, from the examples' `instance_mask`.
+    window: batches among which images are sorted by the canvas that they need.
     evaluation: whether crowds are kept, and what scores need is written.
   """
 
   canvases: Sequence[Sequence[int]]
   max_objects: int = 100
   masks: bool = False
+  window: int = 1
   evaluation: bool = False
 
   def __post_init__(self) -> None:
@@ -117,6 +119,11 @@ class ObjectSpec:
       raise ValueError(
         f"config.data.objects.canvases = {self.canvases} lacks one for a batch "
         f"with images of all shapes: add {largest}."
+      )
+    if type(self.window) is not int or self.window < 1:
+      raise ValueError(
+        "config.data.objects.window is a number of batches, 1 or more, not "
+        f"{self.window}."
       )
     if type(self.max_objects) is not int or not 1 <= self.max_objects < 2**16:
       raise ValueError(

@@ -100,7 +100,7 @@ def test_images_lie_top_left_on_the_smallest_canvas_that_holds_them():
     sizes = batch["size"]
     assert not sizes[~there].any()
     assert (sizes[there] > 0).all()
-    planned = [s for s in dataset.sizes(step) if s]
+    planned = [size for _, size in dataset.placed(step) if size]
     needed = np.max(planned, axis=0)
     holding = [c for c in CANVASES if c[0] >= needed[0] and c[1] >= needed[1]]
     assert h * w == min(a * b for a, b in holding)
@@ -112,6 +112,37 @@ def test_images_lie_top_left_on_the_smallest_canvas_that_holds_them():
       assert (batch["image"][row, :height, :width].max(axis=-1) > 0).all()
   assert len(seen) >= 3
   assert seen <= set(CANVASES)
+
+
+@pytest.mark.parametrize("open_data", [train, evaluation])
+def test_a_window_has_the_same_images_on_smaller_canvases(open_data):
+  plain, spec = open_data(), dataclasses.replace(SPEC, window=5)
+  sorted_ = open_data(objects=spec)
+  assert len(sorted_) == len(plain)
+  pixels = lambda batches: sum(x["image"][0, ..., 0].size for x in batches)
+  smaller = 0
+  for first in range(0, len(plain), 5):
+    window = range(first, min(first + 5, len(plain)))
+    before, after = ([d[s] for s in window] for d in (plain, sorted_))
+    found = [
+      sorted(
+        (i, *x["size"][row])
+        for x in batches
+        for row, i in enumerate(x["example_id"])
+        if i >= 0
+      )
+      for batches in (before, after)
+    ]
+    assert found[0] == found[1]
+    assert pixels(after) <= pixels(before)
+    smaller += pixels(after) < pixels(before)
+  assert smaller
+  # Not always from small to large, and the same in any order and process.
+  again = pickle.loads(pickle.dumps(sorted_))
+  for step in reversed(range(len(sorted_))):
+    assert_same(again[step], sorted_[step])
+  areas = [x["image"][0].size for x in map(sorted_.__getitem__, range(5))]
+  assert areas != sorted(areas)
 
 
 def test_boxes_and_map_agree_with_each_other():

@@ -167,6 +167,10 @@ def test_training_moves_the_student_and_not_the_teacher():
     assert not np.array_equal(moved[name], x), name
 
 
+def logits(model, *args, **kw):
+  return model.apply(*args, train=False, **kw)["logits"]
+
+
 def test_parameters_are_the_students_under_its_own_names():
   state, _ = started()
   model = model_of()
@@ -185,13 +189,13 @@ def test_parameters_are_the_students_under_its_own_names():
   # Evaluation is the student's, and pays nothing for the teacher.
   variables = {"params": state.params, **state.model_state}
   for grid in (3, 4):
-    settings = dict(train=False, grid=grid)
-    logits = lambda m: lambda *a: m.apply(*a, **settings)["logits"]
-    both = jax.jit(logits(model)).lower(
-      variables, image, jnp.zeros((2, 16, 16, 3))
+    both, one = (
+      jax.jit(functools.partial(logits, m, grid=grid)).lower(*args).compile()
+      for m, args in (
+        (model, (variables, image, jnp.zeros((2, 16, 16, 3)))),
+        (student, ({"params": state.params}, image)),
+      )
     )
-    one = jax.jit(logits(student)).lower({"params": state.params}, image)
-    both, one = both.compile(), one.compile()
     flops = [x.cost_analysis()["flops"] for x in (both, one)]
     assert flops[0] == flops[1]
     got = both(variables, image, jnp.zeros((2, 16, 16, 3)))
