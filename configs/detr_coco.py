@@ -2,81 +2,91 @@
 
   python launch.py --config configs/detr_coco.py:pretrain=1 --workdir runs/net
   python launch.py --config configs/detr_coco.py:init=runs/net
-    A small DETR for `digit_scenes`. Its backbone first learns which digits are
-    in a picture, as the paper's comes from ImageNet: together minutes on two
-    CPU cores.
+    A small DETR for digits on photographs, `digit_scenes:photo_boxes`. First
+    its backbone learns to tell digits apart, as the paper's comes from
+    ImageNet: together minutes on two CPU cores.
   python launch.py \\
-      --config configs/detr_coco.py:size=R50,data=coco:/path,init=resnet50.pth
+      --config configs/detr_coco.py:size=R50,data=coco:/coco,init=resnet50.pth
     The paper's run: 500 epochs of 64 images a step.
   python launch.py \\
-      --config configs/detr_coco.py:size=R50,data=coco:/own,tune=detr_r50.pth
-    Fine-tuning of a whole detector on data of your own, hundreds of images or
-    more: classes and queries are those of the data, and steps grow with it.
+      --config configs/detr_coco.py:size=R50,data=coco:/own,tune=detr-r50.pth
+    Fine-tuning of a whole detector on data of your own, from hundreds of images
+    on: classes are those of its file, steps grow with it.
 
 Arguments:
   size      local, R50, R50-DC5, R101, R101-DC5.
-  data      digit_scenes:LEVEL, coco:PATH, or tfds:NAME.
-  pretrain  1: train the backbone of the local size as a classifier.
+  data      digit_scenes:LEVEL, coco:PATH or tfds:NAME.
+  pretrain  1: train the local backbone as a classifier.
   init      what the backbone starts from: a run, or torchvision's weights.
-  tune      what the whole detector starts from: a run or published weights.
+  tune      what the whole detector starts from: a run, or published weights.
+  queries   the most objects that an image can have; 0: 100, locally 12.
+            `inspect` proposes a number.
   steps     0: those of the recipe.
+
 Figures (Table 1): AP 42.0 (R50), 43.3 (R50-DC5), 43.5 (R101), 44.9 (R101-DC5);
-of 150 epochs of R50, 39.5. Published weights know the raw ids of 91 classes:
---config.data.source.raw_ids=True.
+after 150 epochs of R50, 39.5. DC5 is scored with images alone, batch_size = 1.
+Published weights know the ids of COCO as 91 classes: data.source.raw_ids=True.
+Batches are sorted by canvas within windows, the authors' are not; the class
+head of a fine-tuning starts anew.
 """
 
+import math
+
+from big_vision_like import build
 from big_vision_like.data import sources
 from configs import common
 
 _SIZES = ("local", "R50", "R50-DC5", "R101", "R101-DC5")
 _IMAGES = 118_287
+# The digits of the local backbone's pictures are as large as the detector's.
+_PRETRAINING = "digit_scenes:photo"
+_SIDES = ", ".join(str(side) for side in range(480, 801, 32))
+_OPS = (
+  "decode|flip_lr|detr_crop((400, 500, 600), 384, 600)"
+  f"|detr_resize(({_SIDES}), 1333)"
+)
 
 
 def get_config(arg=None):
   a = common.arguments(
     arg,
     size="local",
-    data="digit_scenes:photo_boxes",
+    data="",
     pretrain=0,
     init="",
     tune="",
+    queries=0,
     steps=0,
   )
   common.check_size(a.size, _SIZES, "configs/detr_coco.py")
   c = common.base()
   with c.unlocked():
-    c.data.source = sources.settings(a.data)
     c.optim.wd = 1e-4
+    # Norms, biases and queries decay as well.
     c.optim.wd_mults = ((".*", 1.0),)
     if a.pretrain:
-      _backbone(c, a)
+      pretrain(c, a)
       return c.lock()
-    c.task = dict(name="detection")
-    c.model = dict(name="detr", variant=a.size)
-    if a.size == "local":
-      _local(c, a)
-    else:
-      _paper(c, a)
-    if a.init:
-      c.init_from, c.init_into = a.init, "backbone"
-      c.init_skip = ("(head|fc)/.*",)
-    c.evals.val = dict(
-      name="coco",
-      every=max(1, c.total_steps // 5),
-      data=dict(split="validation"),
-    )
-    if a.size == "local":
-      c.evals.val.data.limit = 500
-    c.checkpoint.every = max(1, c.total_steps // 10)
+    c.data.source = sources.settings(a.data or "digit_scenes:photo_boxes")
+    detector(c, a)
+    c.evals.val.name = "coco"
   return c.lock()
 
 
-def _backbone(c, a):
-  c.notice = f"This trains the backbone of the local DETR on {a.data}."
+def pretrain(c, a):
+  """The local backbone as a classifier of single digits."""
+  if a.size != "local":
+    raise ValueError(
+      f"pretrain=1 is for the local size. The backbone of {a.size} starts from "
+      "ImageNet: init=FILE takes torchvision's weights, or a run."
+    )
+  data = a.data or _PRETRAINING
+  c.notice = f"This trains the backbone of the local DETR on {data}."
+  c.data.source = sources.settings(data)
   c.task = dict(name="classification", loss_name="softmax")
-  c.task.mean, c.task.std = _MEAN, _STD
+  c.task.mean, c.task.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
   c.model = dict(name="resnet", variant="local")
-  c.total_steps = a.steps or 1500
+  c.total_steps = a.steps or 1200
   c.batch_size = 32
   c.data.ops = c.data.eval_ops = "decode|resize(40)"
   c.optim.lr = 2e-3
@@ -84,27 +94,114 @@ def _backbone(c, a):
   common.validate(c, limit=1000)
 
 
+def detector(c, a, model=None, task=None):
+  """Model, task, recipe and evaluation of a detector; c.evals.val has no name.
+
+  `model` and `task` are settings beside those of a size.
+  """
+  c.task = dict(name="detection", **(task or {}))
+  c.model = dict(
+    name="detr",
+    variant=a.size,
+    num_queries=a.queries or 100,
+    backbone=_backbone(a.size),
+    **(model or {}),
+  )
+  if a.size == "local":
+    _local(c, a)
+  else:
+    _paper(c, a)
+  if a.init and a.tune:
+    raise ValueError(
+      "init= is for the backbone alone, tune= for all: give one."
+    )
+  if a.init:
+    c.init_from, c.init_into = a.init, "backbone"
+    c.init_skip = ("head/.*",)
+  if a.tune:
+    _tune(c, a)
+  c.evals.val = dict(
+    every=max(1, c.total_steps // 5), data=dict(split="validation")
+  )
+  if a.size == "local":
+    c.evals.val.data.limit = 500
+  c.checkpoint.every = max(1, c.total_steps // 10)
+
+
+def _backbone(size):
+  """Its BatchNorms are those of the classification, and stay so."""
+  variant, _, rest = size.partition("-")
+  return dict(
+    name="resnet", variant=variant, frozen=True, dilation=rest.startswith("DC5")
+  )
+
+
 def _local(c, a):
   c.notice = (
-    f"This trains the local size of DETR on {a.data}; configs/detr_coco.py:"
-    "size=R50,data=coco:/path,init=... is the paper's run."
+    "This trains the local size of DETR on "
+    f"{a.data or 'digit_scenes:photo_boxes'}; configs/detr_coco.py:size=R50,"
+    "data=coco:PATH,init=... is the paper's run."
   )
+  if not (a.init or a.tune):
+    c.notice += " Its backbone is fresh, which takes several times longer."
   c.total_steps = a.steps or 3000
   c.batch_size = 16
-  c.model.num_queries = 12
+  c.model.num_queries = a.queries or 12
+  # As small and brief as it is, it learns faster so.
   c.model.pre_norm = True
   c.model.dropout = c.model.attention_dropout = 0.0
-  c.model.temperature, c.model.scale = 100.0, 8 * 3.14159265
+  c.model.temperature, c.model.scale = 100.0, 8 * math.pi
   c.data.ops = "decode|detr_resize((56, 64, 72), 96)"
   c.data.eval_ops = "decode|detr_resize(64, 96)"
-  c.data.objects = dict(canvases=((64, 96), (96, 64), (96, 96)), max_objects=12)
+  c.data.objects = dict(
+    canvases=((64, 96), (96, 64), (96, 96)),
+    max_objects=c.model.num_queries,
+    window=8,
+  )
   c.optim.lr = 1e-3
   c.optim.clip = 0.5
   c.optim.schedule = dict(name="constant", warmup=200, cooldown=0.3)
 
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
 def _paper(c, a):
-  pass
+  c.total_steps = a.steps or 500 * _IMAGES // 64
+  c.batch_size = 64
+  c.log_every = 100
+  c.model.dtype = "bfloat16"
+  c.data.ops = _OPS
+  c.data.eval_ops = "decode|detr_resize(800, 1333)"
+  c.data.objects = dict(
+    canvases=(
+      *((608, 1088), (1088, 608), (800, 1088), (1088, 800)),
+      *((800, 1344), (1344, 800), (1344, 1344)),
+    ),
+    max_objects=c.model.num_queries,
+    window=16,
+  )
+  c.data.workers = 8
+  c.optim.lr = 1e-4
+  c.optim.clip = 0.1
+  c.optim.schedule = dict(name="steps", drops=(0.8,))
+  c.optim.lr_mults = (("backbone/.*", 0.1), (".*", 1.0))
+  c.optim.frozen = ("backbone/(stem|stage0)_.*",)
+
+
+# Of a fine-tuning, by the number of images: epochs, but never fewer steps.
+_TUNE_EPOCHS, _TUNE_STEPS = 60, 600
+
+
+def _tune(c, a):
+  """Small data: the learned detector, a new head, steps by what there is."""
+  c.init_from = a.tune
+  c.init_skip = ("class_head/.*",)
+  c.init_resize = ("queries",)
+  c.batch_size = 8
+  c.data.objects.window = 1
+  c.data.workers = 0
+  c.optim.schedule = dict(name="steps", drops=(0.75,), warmup=0.02)
+  if a.size == "local":
+    c.optim.lr = 3e-4
+  images = len(build.make_source(c, "train"))
+  c.total_steps = a.steps or max(
+    _TUNE_STEPS, _TUNE_EPOCHS * images // c.batch_size
+  )

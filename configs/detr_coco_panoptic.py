@@ -1,0 +1,58 @@
+"""Panoptic DETR on COCO: a mask for every thing and all stuff (arXiv
+2005.12872, section 4.4).
+
+  python launch.py --config configs/detr_coco.py:pretrain=1 --workdir runs/net
+  python launch.py --config configs/detr_coco_panoptic.py:init=runs/net
+    A small one for digits, the things, on photographs, the stuff: minutes on
+    two CPU cores.
+  python launch.py \\
+      --config configs/detr_coco_panoptic.py:size=R50,data=coco:/coco,tune=RUN
+    The paper's second step: the mask head alone, on a detector that was trained
+    on the boxes of the same things and stuff (boxes=1), for 25 epochs.
+
+Arguments: size (local, R50, R50-DC5, R101), data, init, tune, queries and steps
+as in configs/detr_coco.py; boxes=1 leaves the mask head out.
+
+Figures (Table 5): PQ 43.4 (R50), 44.6 (R50-DC5), 45.1 (R101).
+The local size learns boxes and masks together. The authors' detector drops
+units while its mask head is trained, and so does this one.
+"""
+
+from big_vision_like.data import sources
+from configs import common, detr_coco
+
+_SIZES = ("local", "R50", "R50-DC5", "R101")
+_IMAGES = 118_287
+
+
+def get_config(arg=None):
+  a = common.arguments(
+    arg, size="local", data="", init="", tune="", queries=0, steps=0, boxes=0
+  )
+  common.check_size(a.size, _SIZES, "configs/detr_coco_panoptic.py")
+  c = common.base()
+  with c.unlocked():
+    c.data.source = sources.settings(
+      a.data or "digit_scenes:photo_boxes/panoptic"
+    )
+    if c.data.source.name == "coco":
+      c.data.source.panoptic = True
+    c.optim.wd = 1e-4
+    c.optim.wd_mults = ((".*", 1.0),)
+    masks = not a.boxes
+    tune, a.tune = a.tune, ""
+    detr_coco.detector(c, a, model=dict(masks=masks))
+    c.data.objects.masks = masks
+    c.evals.val.name = "panoptic" if masks else "coco"
+    if tune:
+      _mask_head(c, a, tune)
+  return c.lock()
+
+
+def _mask_head(c, a, tune):
+  """25 epochs of the mask head; nothing else moves."""
+  c.init_from = tune
+  c.init_skip = ("mask_(attn|head)/.*",)
+  c.optim.frozen = ("(?!mask_(attn|head)/).*",)
+  c.optim.schedule = dict(name="steps", drops=(0.6,))
+  c.total_steps = a.steps or 25 * _IMAGES // c.batch_size
