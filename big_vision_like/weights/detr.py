@@ -42,7 +42,7 @@ _DETR = dict(
   box="bbox_embed.layers.{}",
   mask_attn="bbox_attention.{}_linear",
 )
-_HF = _DETR | dict(
+_HF = {k: x for k, x in _DETR.items() if k != "encoder_norm"} | dict(
   backbone="model.backbone.conv_encoder.model.",
   input_proj="model.input_projection",
   queries="model.query_position_embeddings.weight",
@@ -79,9 +79,7 @@ def detr(model: models.DETR) -> list[Rule]:
 
 def hf(model: models.DETR) -> list[Rule]:
   """transformers' files."""
-  return _rules(
-    _post_norm(model), _HF, _mask_head("lay{}", "gn{}", "adapter{}", "out_lay")
-  )
+  return _rules(model, _HF, _mask_head("lay{}", "gn{}", "adapter{}", "out_lay"))
 
 
 def hf_modules(model: models.DETR) -> list[Rule]:
@@ -96,9 +94,7 @@ def hf_modules(model: models.DETR) -> list[Rule]:
       f"conv{i + 3}": f"{stage}.refine.conv",
       f"gn{i + 3}": f"{stage}.refine.norm",
     }
-  return _rules(
-    _post_norm(model), _HF_MODULES, mask_head | {"out": "output_conv"}
-  )
+  return _rules(model, _HF_MODULES, mask_head | {"out": "output_conv"})
 
 
 def _mask_head(conv, norm, adapter, out):
@@ -106,12 +102,6 @@ def _mask_head(conv, norm, adapter, out):
   names |= {f"gn{i}": norm.format(i) for i in range(1, 6)}
   names |= {f"adapter{i}": adapter.format(i) for i in range(1, 4)}
   return names | {"out": out}
-
-
-def _post_norm(model):
-  if model.pre_norm:
-    raise ValueError("transformers' DETR has no pre_norm; write layout detr.")
-  return model
 
 
 def _rules(model, names, mask_head):
@@ -164,7 +154,7 @@ def _prefixed(rule, prefix):
 def _layers(model, names):
   """The encoder, the decoder and their LayerNorms."""
   rules = engine.norm("params/decoder/norm", names["decoder_norm"])
-  if model.pre_norm:
+  if model.pre_norm and "encoder_norm" in names:
     rules += engine.norm("params/encoder/norm", names["encoder_norm"])
   parts = {
     "encoder": (("attn",), (names["norms"][0], names["norms"][-1])),
