@@ -253,14 +253,25 @@ def test_group_norm_is_flaxs_over_what_is_seen():
 
 def test_what_drops():
   """Nothing in evaluation; in training, weights or branches."""
-  x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32)
   mask = jnp.ones((2, 5), bool)
 
-  def run(train, **settings):
+  def layer(train, **settings):
     config = encoder_decoder.LayerConfig(heads=2, mlp=7, **settings)
-    layer = encoder_decoder.EncoderLayer(config, train)
-    keys = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
-    return jax.jit(layer.init_with_output)(keys, x, 0 * x, mask)[0][0]
+    return encoder_decoder.EncoderLayer(config, train)
+
+  shapes = jax.eval_shape(layer(False).init, jax.random.key(0), x, x, mask)
+  variables = jax.tree.map(
+    lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32), shapes
+  )
+
+  def run(train, **settings):
+    rngs = {"dropout": jax.random.key(2)}
+    apply = jax.jit(
+      functools.partial(layer(train, **settings).apply, rngs=rngs)
+    )
+    return apply(variables, x, 0 * x, mask)[0]
 
   still = run(False, dropout=0.5, attention_dropout=0.5)
   none = dict(dropout=0.0, attention_dropout=0.0)
