@@ -31,7 +31,7 @@ from big_vision_like import (
   warm_start,
 )
 from big_vision_like.commands import predict
-from big_vision_like.models import two_towers
+from big_vision_like.models import detr, two_towers
 from big_vision_like.weights import engine
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -172,6 +172,8 @@ def read_published(
   task = dict(name="classification", loss_name="softmax")
   if isinstance(model, two_towers.TwoTowers):
     task = dict(name="contrastive", loss_name="sigmoid")
+  elif isinstance(model, detr.DETR):
+    task = dict(name="detection")
   task.update(
     num_classes=classes or 0,
     mean=tuple(prepared["mean"]),
@@ -245,6 +247,9 @@ def _data(model: nn.Module, prepared: Mapping[str, Any]) -> dict[str, Any]:
       eval_tokens=tokens,
     )
     return dict(eval_ops="decode", pack=pack)
+  if "longest" in prepared:
+    ops = f"detr_resize({prepared['size']}, {prepared['longest']})"
+    return dict(eval_ops=f"decode|{ops}", pack=None)
   size, crop_pct = prepared["size"], prepared["crop_pct"]
   if crop_pct is None:
     return dict(eval_ops=f"decode|resize({size})", pack=None)

@@ -202,6 +202,10 @@ class DETR(nn.Module):
     own = VARIANTS[self.variant].get("masks", False)
     return own if self.masks is None else self.masks
 
+  def depth(self, stack: str) -> int:
+    """Layers of the "encoder" or the "decoder"."""
+    return self.size[f"{stack}_depth"]
+
   @property
   def layer_config(self) -> LayerConfig:
     return LayerConfig(
@@ -315,8 +319,9 @@ class DETR(nn.Module):
 
   def make_stack(self, stack):
     name = stack.__name__.lower()
-    depth = self.size[f"{name}_depth"]
-    return stack(depth, self.layer_config, self.remat, self.scan, name=name)
+    return stack(
+      self.depth(name), self.layer_config, self.remat, self.scan, name=name
+    )
 
   def positions(self, x, mask):
     if self.position == "learned":

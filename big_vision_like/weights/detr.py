@@ -21,9 +21,16 @@ from big_vision_like.weights.engine import Rule, Tensors
 Shapes = dict[str, tuple[int, ...]]
 Resize = Callable[[models.DETR, Tensors, Shapes], Tensors]
 
-# What each layout calls our parts.
+# What each layout calls our parts. With a mask head, `prefix` stands before the
+# names of the detector.
+_MASK_HEAD = {
+  **{f"conv{i}": f"lay{i}" for i in range(1, 6)},
+  **{f"gn{i}": f"gn{i}" for i in range(1, 6)},
+  **{f"adapter{i}": f"adapter{i}" for i in range(1, 4)},
+  "out": "out_lay",
+}
 _DETR = dict(
-  prefix="detr.",  # Before the detector's names where there are masks.
+  prefix="detr.",
   backbone="backbone.0.body.",
   input_proj="input_proj",
   queries="query_embed.weight",
@@ -31,90 +38,77 @@ _DETR = dict(
   columns="backbone.1.col_embed.weight",
   encoder="transformer.encoder.layers.{}",
   encoder_norm="transformer.encoder.norm",
+  encoder_norms=("norm1", "norm2"),
   decoder="transformer.decoder.layers.{}",
   decoder_norm="transformer.decoder.norm",
+  decoder_norms=("norm1", "norm2", "norm3"),
   attn="self_attn",
   self_attn="self_attn",
   cross_attn="multihead_attn",
-  norms=("norm1", "norm2", "norm3"),
   mlp=("linear1", "linear2"),
   class_head="class_embed",
   box="bbox_embed.layers.{}",
   mask_attn="bbox_attention.{}_linear",
+  mask_head=_MASK_HEAD,
 )
-_HF = _DETR | dict(
+_HF = dict(
+  prefix="detr.",
   backbone="model.backbone.conv_encoder.model.",
   input_proj="model.input_projection",
   queries="model.query_position_embeddings.weight",
   rows="model.position_embedding.row_embeddings.weight",
   columns="model.position_embedding.column_embeddings.weight",
   encoder="model.encoder.layers.{}",
+  encoder_norms=("self_attn_layer_norm", "final_layer_norm"),
   decoder="model.decoder.layers.{}",
   decoder_norm="model.decoder.layernorm",
-  cross_attn="encoder_attn",
-  norms=(
+  decoder_norms=(
     "self_attn_layer_norm",
     "encoder_attn_layer_norm",
     "final_layer_norm",
   ),
-  mlp=("fc1", "fc2"),
+  attn="self_attn",
+  self_attn="self_attn",
+  cross_attn="encoder_attn",
   out="out_proj",
+  mlp=("fc1", "fc2"),
   class_head="class_labels_classifier",
   box="bbox_predictor.layers.{}",
+  mask_attn="bbox_attention.{}_linear",
+  mask_head=_MASK_HEAD,
 )
 _HF_MODULES = _HF | dict(
   backbone="model.backbone.model.",
-  mlp=("mlp.fc1", "mlp.fc2"),
   out="o_proj",
+  mlp=("mlp.fc1", "mlp.fc2"),
   mask_attn="bbox_attention.{}_proj",
+  mask_head={
+    **{f"conv{i}": f"conv{i}.conv" for i in (1, 2)},
+    **{f"gn{i}": f"conv{i}.norm" for i in (1, 2)},
+    **{f"conv{i + 3}": f"fpn_stages.{i}.refine.conv" for i in range(3)},
+    **{f"gn{i + 3}": f"fpn_stages.{i}.refine.norm" for i in range(3)},
+    **{f"adapter{i + 1}": f"fpn_stages.{i}.fpn_adapter" for i in range(3)},
+    "out": "output_conv",
+  },
 )
 
 
 def detr(model: models.DETR) -> list[Rule]:
   """The authors' files."""
-  return _rules(
-    model, _DETR, _mask_head("lay{}", "gn{}", "adapter{}", "out_lay")
-  )
+  return _rules(model, _DETR)
 
 
 def hf(model: models.DETR) -> list[Rule]:
   """transformers' files."""
-  return _rules(
-    _post_norm(model), _HF, _mask_head("lay{}", "gn{}", "adapter{}", "out_lay")
-  )
+  return _rules(model, _HF)
 
 
 def hf_modules(model: models.DETR) -> list[Rule]:
   """The modules of transformers 5."""
-  mask_head = {}
-  for i in (1, 2):
-    mask_head |= {f"conv{i}": f"conv{i}.conv", f"gn{i}": f"conv{i}.norm"}
-  for i in range(3):
-    stage = f"fpn_stages.{i}"
-    mask_head |= {
-      f"adapter{i + 1}": f"{stage}.fpn_adapter",
-      f"conv{i + 3}": f"{stage}.refine.conv",
-      f"gn{i + 3}": f"{stage}.refine.norm",
-    }
-  return _rules(
-    _post_norm(model), _HF_MODULES, mask_head | {"out": "output_conv"}
-  )
+  return _rules(model, _HF_MODULES)
 
 
-def _mask_head(conv, norm, adapter, out):
-  names = {f"conv{i}": conv.format(i) for i in range(1, 6)}
-  names |= {f"gn{i}": norm.format(i) for i in range(1, 6)}
-  names |= {f"adapter{i}": adapter.format(i) for i in range(1, 4)}
-  return names | {"out": out}
-
-
-def _post_norm(model):
-  if model.pre_norm:
-    raise ValueError("transformers' DETR has no pre_norm; write layout detr.")
-  return model
-
-
-def _rules(model, names, mask_head):
+def _rules(model, names):
   name = model.backbone_settings["name"]
   if name != "resnet":
     raise ValueError(f"Published DETRs stand on resnet, and this on {name!r}.")
@@ -140,7 +134,7 @@ def _rules(model, names, mask_head):
   for ours in ("query", "key"):
     theirs = names["mask_attn"].format(ours[0])
     rules += engine.heads(f"params/mask_attn/{ours}", theirs, heads)
-  for ours, theirs in mask_head.items():
+  for ours, theirs in names["mask_head"].items():
     of = engine.norm if ours.startswith("gn") else engine.conv
     rules += of(f"params/mask_head/{ours}", f"mask_head.{theirs}")
   return rules
@@ -164,23 +158,16 @@ def _prefixed(rule, prefix):
 def _layers(model, names):
   """The encoder, the decoder and their LayerNorms."""
   rules = engine.norm("params/decoder/norm", names["decoder_norm"])
-  if model.pre_norm:
+  if model.pre_norm and "encoder_norm" in names:
     rules += engine.norm("params/encoder/norm", names["encoder_norm"])
-  parts = {
-    "encoder": (("attn",), (names["norms"][0], names["norms"][-1])),
-    "decoder": (("self_attn", "cross_attn"), names["norms"]),
-  }
-  if "out" not in names:  # The authors' encoder has no third norm.
-    parts["encoder"] = (("attn",), names["norms"][:2])
-  for stack, (attentions, norms) in parts.items():
-    for i in range(model.size[f"{stack}_depth"]):
-      ours = f"params/{stack}/blocks_{i}"
-      theirs = names[stack].format(i)
-      for attn in attentions:
-        rules += _attention(
-          model, names, f"{ours}/{attn}", f"{theirs}.{names[attn]}"
-        )
-      for j, norm in enumerate(norms):
+  attentions = dict(encoder=("attn",), decoder=("self_attn", "cross_attn"))
+  for stack, inside in attentions.items():
+    for i in range(model.depth(stack)):
+      ours, theirs = f"params/{stack}/blocks_{i}", names[stack].format(i)
+      for attn in inside:
+        there = f"{theirs}.{names[attn]}"
+        rules += _attention(model, names, f"{ours}/{attn}", there)
+      for j, norm in enumerate(names[f"{stack}_norms"]):
         rules += engine.norm(f"{ours}/ln{j + 1}", f"{theirs}.{norm}")
       rules += shared.mlp(f"{ours}/mlp", theirs, names["mlp"])
   return rules

@@ -171,46 +171,46 @@ class MaskHead(nn.Module):
     width, wide = x.shape[-1], x.shape[-1] + maps.shape[-1]
     widths = [wide, *(width // 2 ** (i + 1) for i in range(len(finer) + 1))]
     kernel, bias = _Weights((3, 3, wide, wide), name="conv1")()
-    of_image = convolve(
-      visible(x.astype(self.dtype), pixel_mask), kernel[:, :, :width]
-    )
-    of_image = of_image + bias.astype(self.dtype)
-    adapted = []
-    for i, level in enumerate(finer):
-      shape = (1, 1, level.shape[-1], widths[i + 1])
-      one, add = _Weights(shape, name=f"adapter{i + 1}")()
-      level = convolve(level.astype(self.dtype), one) + add.astype(self.dtype)
-      adapted.append(level)
+    of_image, of_query = jnp.split(kernel, [width], axis=2)
+    base = convolve(visible(x.astype(self.dtype), pixel_mask), of_image)
+    base = base + bias.astype(self.dtype)
+    levels = [
+      self.adapted(level, widths[i + 1], f"adapter{i + 1}")
+      for i, level in enumerate(finer)
+    ]
     norms = [_Scale(n, name=f"gn{i + 1}")() for i, n in enumerate(widths)]
     convs = [
-      _Weights((3, 3, a, b), name=f"conv{i + 2}")()
-      for i, (a, b) in enumerate(itertools.pairwise(widths))
+      _Weights((3, 3, *pair), name=f"conv{i + 2}")()
+      for i, pair in enumerate(itertools.pairwise(widths))
     ]
     last = _Weights((3, 3, widths[-1], 1), name="out")()
 
-    def seen(y):
-      if pixel_mask is None:
-        return y
-      inside = nearest(pixel_mask[..., None], y.shape[2:4])
-      return jnp.where(inside[:, None], y, 0)
-
     def conv(y, kernel, bias):
-      return convolve(seen(y), kernel) + bias.astype(self.dtype)
+      if pixel_mask is not None:
+        inside = nearest(pixel_mask[..., None], y.shape[2:4])
+        y = jnp.where(inside[:, None], y, 0)
+      return convolve(y, kernel) + bias.astype(self.dtype)
 
     def normed(y, i):
       return jax.nn.relu(group_norm(y, *norms[i], pixel_mask))
 
     def refine(maps):
-      y = convolve(maps.astype(self.dtype), kernel[:, :, width:])
-      y = normed(y + of_image[:, None], 0)
+      y = convolve(maps.astype(self.dtype), of_query)
+      y = normed(y + base[:, None], 0)
       y = normed(conv(y, *convs[0]), 1)
-      for i, level in enumerate(adapted):
+      for i, level in enumerate(levels):
         y = nearest(y, level.shape[1:3]) + level[:, None]
         y = normed(conv(y, *convs[i + 1]), i + 2)
       return conv(y, *last)[..., 0].astype(jnp.float32)
 
     masks = refine(maps) if self.chunk is None else self.mapped(refine, maps)
     return masks if pixel_mask is None else _extended(masks, pixel_mask)
+
+  def adapted(self, level, features, name):
+    """A finer map of the backbone, with fewer channels."""
+    kernel, bias = _Weights((1, 1, level.shape[-1], features), name=name)()
+    level = convolve(level.astype(self.dtype), kernel)
+    return level + bias.astype(self.dtype)
 
   def mapped(self, refine, maps):
     queries = maps.shape[1]
