@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from big_vision_like import api
@@ -163,14 +162,11 @@ class Task:
       sound &= finite
     loss += jnp.where(sound, 0.0, jnp.nan)
     images = mask.sum(dtype=jnp.float32)
-    last = logits[-1]
-    wrong = set_prediction.class_error(last, label, target[-1])
-    missed = set_prediction.cardinality_error(last, label)
-    metrics = {
-      k: Mean(jax.lax.stop_gradient(x) * images, images)
-      for k, x in {"loss": loss, **terms}.items()
-    }
-    return loss, metrics | {
+    wrong = set_prediction.class_error(logits[-1], label, target[-1])
+    missed = set_prediction.cardinality_error(logits[-1], label)
+    return loss, {
+      **{k: Mean(x * images, images) for k, x in terms.items()},
+      "loss": Mean(loss * images, images),
       "class_error": Mean.of(wrong, target[-1] >= 0),
       "cardinality_error": Mean.of(missed, mask),
     }

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from scipy.optimize import linear_sum_assignment
 
 from big_vision_like import hlo, sharding
@@ -152,6 +153,23 @@ def test_devices_solve_their_own_rows(shape):
   text = program.as_text()
   assert "while(" in text
   assert not [op for op in hlo.COLLECTIVES if op in text]
+
+
+@pytest.mark.slow
+def test_compiles_for_a_tpu_slice(monkeypatch):
+  pytest.importorskip("libtpu")
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  slice_ = topologies.get_topology_desc("v5e:4x4", platform="tpu")
+  mesh = sharding.make_mesh({"data": 16}, slice_.devices)
+  rows = sharding.batch_sharding(mesh)
+  layered = jax.NamedSharding(mesh, jax.P(None, *rows.spec))
+  spec = jax.ShapeDtypeStruct
+  with jax.set_mesh(mesh):
+    program = assign.lower(
+      spec((6, 64, 100, 100), jnp.float32, sharding=layered),
+      spec((64, 100), bool, sharding=rows),
+    ).compile()
+  assert not hlo.Program(program.as_text()).collectives(16)
 
 
 def test_more_slots_than_queries_are_refused():
