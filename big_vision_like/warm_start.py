@@ -44,7 +44,7 @@ def load(
     source = str(download(source))
   if Path(source).suffix not in engine.SUFFIXES:
     return engine.resize_ours(
-      _frozen_or_not(checkpoint.load_variables(source), shapes),
+      checkpoint.load_variables(source),
       name=name,
       model=model,
       shapes=shapes,
@@ -54,21 +54,6 @@ def load(
     engine.read(source), name=name, model=model, shapes=shapes, resize=resize
   )
   return variables
-
-
-def _frozen_or_not(variables: api.PyTree, shapes: api.PyTree) -> api.PyTree:
-  """Puts scales and biases of BatchNorms where the model has them.
-
-  They are parameters, or, once frozen, constants beside the statistics.
-  """
-  flat, wanted = trees.flatten(variables), trees.flatten(shapes)
-  places = {"params": api.STATISTICS, api.STATISTICS: "params"}
-  moved = {}
-  for path, x in flat.items():
-    collection, _, name = path.partition("/")
-    other = f"{places.get(collection)}/{name}"
-    moved[other if other in wanted and path not in wanted else path] = x
-  return trees.unflatten(moved)
 
 
 def download(source: str) -> Path:

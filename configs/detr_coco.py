@@ -86,7 +86,7 @@ def pretrain(c, a):
   c.task = dict(name="classification", loss_name="softmax")
   c.task.mean, c.task.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
   c.model = dict(name="resnet", variant="local")
-  c.total_steps = a.steps or 1200
+  c.total_steps = a.steps or 1500
   c.batch_size = 32
   c.data.ops = c.data.eval_ops = "decode|resize(40)"
   c.optim.lr = 2e-3
@@ -117,7 +117,8 @@ def detector(c, a, model=None, task=None):
     )
   if a.init:
     c.init_from, c.init_into = a.init, "backbone"
-    c.init_skip = ("head/.*",)
+    # A classifier's BatchNorms become constants, and its head goes.
+    c.init_resize = ("frozen", "head")
   if a.tune:
     _tune(c, a)
   c.evals.val = dict(
@@ -151,13 +152,11 @@ def _local(c, a):
   c.model.pre_norm = True
   c.model.dropout = c.model.attention_dropout = 0.0
   c.model.temperature, c.model.scale = 100.0, 8 * math.pi
-  c.data.ops = "decode|detr_resize((56, 64, 72), 96)"
-  c.data.eval_ops = "decode|detr_resize(64, 96)"
-  c.data.objects = dict(
-    canvases=((64, 96), (96, 64), (96, 96)),
-    max_objects=c.model.num_queries,
-    window=8,
-  )
+  # Within a scan, a CPU computes on one core.
+  c.model.scan = False
+  c.data.ops = "decode|detr_resize((44, 52, 60, 64), 64)"
+  c.data.eval_ops = "decode|detr_resize(64, 64)"
+  c.data.objects = dict(canvases=((64, 64),), max_objects=c.model.num_queries)
   c.optim.lr = 1e-3
   c.optim.clip = 0.5
   c.optim.schedule = dict(name="constant", warmup=200, cooldown=0.3)

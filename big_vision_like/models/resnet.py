@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from big_vision_like.models.layers.blocks import shard_batch
-from big_vision_like.models.layers.convolution import BatchNorm, Conv
+from big_vision_like.models.layers.convolution import BatchNorm, Conv, max_pool
 from big_vision_like.models.layers.resize import visible
 
-# The blocks of each stage. "local" has two, so its map is 1/8 of the image's
-# sides, and its own WIDTH.
+# The blocks of each stage; "local" has its own WIDTH, and a stem of 3 x 3
+# without a pool: its maps are at 1/4 and 1/8 as well.
 VARIANTS = {
-  "local": dict(stages=(2, 2), width=32),
+  "local": dict(stages=(2, 2), width=24, stem=3),
   "R50": dict(stages=(3, 4, 6, 3)),
   "R101": dict(stages=(3, 4, 23, 3)),
 }
@@ -153,9 +153,12 @@ class ResNet(nn.Module):
     """
     size = {"width": WIDTH} | VARIANTS[self.variant]
     x, width = visible(image, pixel_mask), size["width"]
-    x = _conv_bn(self, "stem", x, width, train=train, kernel=7, stride=2)
+    kernel = size.get("stem", 7)
+    x = _conv_bn(self, "stem", x, width, train=train, kernel=kernel, stride=2)
     x = visible(jax.nn.relu(x), pixel_mask)
-    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    pooled = kernel == 7
+    if pooled:
+      x = max_pool(x, 3, stride=2, padding=1)
     x = shard_batch(x)
     stages = []
     for s, depth in enumerate(size["stages"]):
@@ -163,7 +166,7 @@ class ResNet(nn.Module):
       for b in range(depth):
         x = Bottleneck(
           width * 2**s,
-          stride=2 if s and not b and not dilated else 1,
+          stride=1 if b or dilated or (pooled and s == 0) else 2,
           dilation=2 if dilated and b else 1,
           frozen=self.frozen,
           dtype=self.dtype,

@@ -5,6 +5,7 @@ in pixels, as the published models have it; flax's "SAME" pads differently at
 stride 2.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,19 +46,41 @@ def depthwise(
 def _shifted(x, kernel, stride, padding, dilation):
   kh, kw = kernel.shape[:2]
   x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+  taps = _taps(x, (kh, kw), stride, dilation)
+  weights = kernel.reshape(kh * kw, -1)
+  return sum(tap * weight for tap, weight in zip(taps, weights))
+
+
+def _taps(x, kernel, stride, dilation):
+  """The pixels under each place of a kernel, row by row."""
+  kh, kw = kernel
   height = (x.shape[1] - (kh - 1) * dilation - 1) // stride + 1
   width = (x.shape[2] - (kw - 1) * dilation - 1) // stride + 1
-  total = 0
   for i in range(kh):
     for j in range(kw):
       top, left = i * dilation, j * dilation
-      tap = x[
+      yield x[
         :,
         top : top + (height - 1) * stride + 1 : stride,
         left : left + (width - 1) * stride + 1 : stride,
       ]
-      total = total + tap * kernel[i, j, 0]
-  return total
+
+
+def max_pool(
+  x: Float[Array, "b h w c"], kernel: int, *, stride: int, padding: int
+) -> Float[Array, "b oh ow c"]:
+  """The largest value under a square of `kernel` pixels; padding is -inf.
+
+  On a CPU as one comparison for each tap: XLA's gradient of a pool, which
+  scatters, takes several times longer there. Of equal values in a window, the
+  taps share the gradient then; elsewhere the first has it.
+  """
+  pad = (padding, padding)
+  if target_platform() != "cpu":
+    window, strides = (kernel, kernel), (stride, stride)
+    return nn.max_pool(x, window, strides=strides, padding=(pad, pad))
+  x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)), constant_values=-jnp.inf)
+  return functools.reduce(jnp.maximum, _taps(x, (kernel, kernel), stride, 1))
 
 
 def _torch_uniform(key, shape, dtype=jnp.float32):
