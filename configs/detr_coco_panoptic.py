@@ -1,5 +1,4 @@
-"""Panoptic DETR on COCO: a mask for every thing and all stuff (arXiv
-2005.12872, section 4.4).
+"""Panoptic DETR on COCO: things and stuff (arXiv 2005.12872, section 4.4).
 
   python launch.py --config configs/detr_coco.py:pretrain=1 --workdir runs/net
   python launch.py --config configs/detr_coco_panoptic.py:init=runs/net

@@ -4,12 +4,17 @@ import importlib
 import pathlib
 import re
 
+import coco_files
+import numpy as np
 import pytest
 
+from big_vision_like import optim, trees
 from big_vision_like.data import sources
 from configs import (
   common,
   deepvit_i1k,
+  detr_coco,
+  detr_coco_panoptic,
   memory_transfer,
   navit_jft,
   navit_webli,
@@ -142,6 +147,57 @@ def test_navit_with_texts_follows_the_paper(arg, length, row):
   for key in ("bias", "qk_norm"):
     assert key not in c.model.image  # NaViT's own defaults.
   assert (c.model.text.bias, c.model.text.qk_norm) == (False, "layer")
+
+
+def test_detr_follows_the_paper():
+  """Section 4 and its code: 500 epochs, a tenth of the rate after 400."""
+  c = detr_coco.get_config("size=R101-DC5,init=resnet101.pth")
+  assert c.total_steps == 500 * 118_287 // 64
+  assert (c.batch_size, c.optim.lr, c.optim.clip) == (64, 1e-4, 0.1)
+  schedule = dict(name="steps", drops=(0.8,), warmup=0)
+  fn = optim.make_schedule(
+    **{**c.optim.schedule, **schedule}, lr=1e-4, total_steps=500
+  )
+  np.testing.assert_allclose([fn(399), fn(400)], [1e-4, 1e-5], rtol=1e-6)
+  rates = [
+    trees.match(path, c.optim.lr_mults, "lr_mults")
+    for path in ("backbone/stage3_block0/conv1_conv/kernel", "query_embed")
+  ]
+  assert rates == [0.1, 1.0]
+  assert c.optim.wd_mults == ((".*", 1.0),)
+  (frozen,) = c.optim.frozen
+  for stage in ("stem", "stage0_block2/conv1", "stage0_block0/proj"):
+    assert re.fullmatch(frozen, f"backbone/{stage}_conv/kernel")
+  assert not re.fullmatch(frozen, "backbone/stage1_block0/conv1_conv/kernel")
+  assert c.model.backbone.to_dict() == dict(
+    name="resnet", variant="R101", frozen=True, dilation=True
+  )
+  assert c.data.ops.count("480, 512, 544, 576, 608, 640, 672, 704") == 1
+  with pytest.raises(ValueError, match="init= is for the backbone alone"):
+    detr_coco.get_config("init=a,tune=b")
+  with pytest.raises(ValueError, match="pretrain=1 is for the local size"):
+    detr_coco.get_config("size=R50,pretrain=1")
+
+
+def test_the_steps_of_a_fine_tuning_grow_with_the_data(tmp_path):
+  coco_files.instances(tmp_path, "train")
+  few = detr_coco.get_config(f"size=R50,data=coco:{tmp_path},tune=detr.pth")
+  many = detr_coco.get_config("tune=runs/a")
+  assert (few.total_steps, few.batch_size) == (600, 8)
+  assert many.total_steps == 60 * 100_000 // 8
+  assert few.init_skip == ("class_head/.*",)
+
+
+def test_the_mask_head_is_trained_alone():
+  c = detr_coco_panoptic.get_config("size=R50,tune=runs/boxes")
+  (frozen,) = c.optim.frozen
+  names = ("backbone/a", "query_embed", "mask_attn/q", "mask_head/gn1/scale")
+  assert [bool(re.fullmatch(frozen, x)) for x in names] == [1, 1, 0, 0]
+  assert c.total_steps == 25 * 118_287 // 64
+  boxes = detr_coco_panoptic.get_config("size=R50,boxes=1")
+  assert not boxes.model.masks
+  assert not boxes.data.objects.masks
+  assert boxes.evals.val.name == "coco"
 
 
 @pytest.mark.parametrize("name", FILES)

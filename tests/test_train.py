@@ -32,7 +32,12 @@ CONFIGS = sorted(
   p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "common"
 )
 # Convolutional networks, of whose many kinds of layers each compiles.
-LONG = {"efficientvit_i1k", "mobilevit_i1k", "mobilevit_v2_i1k"}
+LONG = {
+  "detr_coco_panoptic",
+  "efficientvit_i1k",
+  "mobilevit_i1k",
+  "mobilevit_v2_i1k",
+}
 
 
 def tiny(arg: str = "", module=navit_jft, **changes):
@@ -45,6 +50,8 @@ def tiny(arg: str = "", module=navit_jft, **changes):
     small = dict(width=24, depth=2, mlp=32, heads=2)
     if c.model.name in ("vit", "navit"):
       c.model.sizes = small
+    if c.model.name == "detr":
+      c.model.sizes = dict(width=24, mlp=32, heads=2, encoder_depth=1)
     if c.model.name == "two_towers":
       c.model.image.sizes = c.model.text.sizes = small
     c.model.dtype = "float32"
