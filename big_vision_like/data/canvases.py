@@ -7,6 +7,7 @@ host finds it without asking the others: the sizes after the ops follow from
 random numbers and from `hw` of the source, and no pixel is read for them.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,15 +50,18 @@ class CanvasBatches(grain.MapDataset):
   def __str__(self) -> str:
     return f"CanvasBatches({self.canvases}, {self.shard}, steps={self.steps})"
 
-  def blank(self, canvas: HW | None = None) -> Batch:
-    """A batch of filler rows, on the largest canvas if none is named."""
+  def blank(self, canvas: HW | None = None, image_hw: HW = (1, 1)) -> Batch:
+    """A batch of filler rows, on the largest canvas if none is named.
+
+    `image_hw` holds all images as they were before the ops.
+    """
     h, w = canvas or max(self.canvases, key=lambda c: c[0] * c[1])
     n = self.shard.local
     return {
       "image": np.zeros((n, h, w, 3), np.uint8),
       "_mask": np.zeros(n, bool),
       **self.reader.blank(n),
-      **self.spec.blank_masks(n, h, w),
+      **self.spec.blank_masks(n, (h, w), image_hw),
     }
 
   def __getitem__(self, step: int | slice) -> Any:
@@ -65,7 +69,8 @@ class CanvasBatches(grain.MapDataset):
       return self.slice(step)
     start = within(step, self.steps) * self.shard.batch_size
     sizes = self.sizes(step)
-    batch = self.blank(self.canvas(step, sizes))
+    image_hw = self.image_hw(step) if self.spec.scores_masks else (1, 1)
+    batch = self.blank(self.canvas(step, sizes), image_hw)
     for j, position in enumerate(self.shard.rows(step)):
       if position < self.length:
         self._place(batch, j, position, sizes[position - start])
@@ -76,9 +81,20 @@ class CanvasBatches(grain.MapDataset):
 
     None stands for an image that is known to be broken.
     """
+    return [self._size(position) for position in self._positions(step)]
+
+  def image_hw(self, step: int) -> HW:
+    """What holds each image of the global batch as the source has it."""
+    found = [(1, 1)]
+    for position in self._positions(step):
+      with contextlib.suppress(ops.BrokenImage):
+        found.append(self.source.hw(self.order(position)))
+    h, w = zip(*found)
+    return max(h), max(w)
+
+  def _positions(self, step: int) -> range:
     start = step * self.shard.batch_size
-    end = min(start + self.shard.batch_size, self.length)
-    return [self._size(position) for position in range(start, end)]
+    return range(start, min(start + self.shard.batch_size, self.length))
 
   def shares(self, steps: int = 32) -> list[float]:
     """How often the first steps take each of the canvases."""
