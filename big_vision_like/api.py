@@ -48,7 +48,8 @@ closed set for each batch, that is 0 elsewhere:
 
 Training has no crowds; an evaluation has them among the boxes. On the host it
 also has `box_crowd` bool [B,O], and of the original image `box_pixels` float32
-[B,O,4], (x0, y0, x1, y1), and `box_area` float32 [B,O], that of the object.
+[B,O,4], (x0, y0, x1, y1), and `box_area` float32 [B,O], that of the object;
+with masks also `original_id_map` [B,H',W'], `box_id_map` at `image_hw`.
 `object_counts` says what was wrong with boxes (see data/objects.py).
 
 A model of two towers returns `zimg` and `ztxt`, float32 [B,E] or [B,M,E] of
@@ -83,6 +84,7 @@ HOST_KEYS = (
   "box_pixels",
   "box_area",
   "box_crowd",
+  "original_id_map",
 )
 # Mesh axes, in order. The batch is split over the first two.
 MESH_AXES = ("data", "fsdp", "tensor")

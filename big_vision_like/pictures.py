@@ -67,7 +67,7 @@ def packed_rows(
   width = _common_width(tiles)
   placed = [_shelve(row, width) for row in tiles]
   heights = [10 * height / width for _, height in placed]
-  figure = _figure(10.4, sum(heights) + 0.8 * len(placed) + 0.3)
+  figure = new_figure(10.4, sum(heights) + 0.8 * len(placed) + 0.3)
   axes = figure.subplots(
     2 * len(placed),
     height_ratios=[x for h in heights for x in (h, 0.16)],
@@ -83,7 +83,7 @@ def packed_rows(
     fontsize=8,
     color="#555555",
   )
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 class _Tile(NamedTuple):
@@ -175,7 +175,7 @@ def _draw_mosaic(axes, tiles, size, batch, row, names) -> None:
   )
   for tile in tiles:
     right, bottom = tile.left + tile.width, tile.top + tile.height
-    box, colour = (tile.left, right, bottom, tile.top), _colour(tile.slot)
+    box, colour = (tile.left, right, bottom, tile.top), colour_of(tile.slot)
     axes.imshow(tile.pixels, extent=box)
     across = [tile.left, right, right, tile.left, tile.left]
     down = [tile.top, tile.top, bottom, bottom, tile.top]
@@ -200,7 +200,7 @@ def _draw_strip(axes, segments: np.ndarray) -> None:
   from matplotlib import colors
 
   rgb = np.array(
-    [(1, 1, 1) if s == 0 else colors.to_rgb(_colour(s - 1)) for s in segments]
+    [(1, 1, 1) if s == 0 else colors.to_rgb(colour_of(s - 1)) for s in segments]
   )
   axes.imshow(
     rgb[None], aspect="auto", extent=(0, len(segments), 0, 1), zorder=0
@@ -214,7 +214,8 @@ def _draw_strip(axes, segments: np.ndarray) -> None:
     spine.set_color("#999999")
 
 
-def _colour(slot: int) -> str:
+def colour_of(slot: int) -> str:
+  """One of a few colours, in turn."""
   return _COLOURS[slot % len(_COLOURS)]
 
 
@@ -268,7 +269,7 @@ def predictions(
 def _image_grid(images, titles, colours, path, *, heading="") -> None:
   columns = min(6, max(1, len(images)))
   rows = math.ceil(len(images) / columns)
-  figure = _figure(1.6 * columns + 0.2, 1.95 * rows + 0.4)
+  figure = new_figure(1.6 * columns + 0.2, 1.95 * rows + 0.4)
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
   for one in axes:
     one.set_xticks([])
@@ -283,7 +284,7 @@ def _image_grid(images, titles, colours, path, *, heading="") -> None:
       spine.set(color=colour, linewidth=2.5)
   if heading:
     figure.suptitle(heading, fontsize=10)
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def learning_curves(metrics_path: _Path, path: _Path) -> None:
@@ -302,13 +303,13 @@ def learning_curves(metrics_path: _Path, path: _Path) -> None:
   order = sorted(panels, key=_panel_rank)[:12] or ["no metrics yet"]
   columns = min(3, len(order))
   rows = math.ceil(len(order) / columns)
-  figure = _figure(4.2 * columns, 2.7 * rows + 0.2)
+  figure = new_figure(4.2 * columns, 2.7 * rows + 0.2)
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
   for one in axes[len(order) :]:
     one.set_visible(False)
   for one, panel in zip(axes, order):
     _draw_panel(one, panel, panels.get(panel, {}))
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -332,11 +333,11 @@ def _panel_rank(panel: str) -> tuple[int, str]:
 def _draw_panel(axes, panel: str, curves: Mapping[str, np.ndarray]) -> None:
   for i, (name, points) in enumerate(sorted(curves.items())):
     x, y = points.T
-    style = dict(color=_colour(i), label=name.rpartition("/")[0] or name)
+    style = dict(color=colour_of(i), label=name.rpartition("/")[0] or name)
     if len(x) < 40:
       axes.plot(x, y, marker=".", ms=5, lw=1.5, **style)
       continue
-    axes.plot(x, y, color=_colour(i), alpha=0.25, lw=0.8)
+    axes.plot(x, y, color=colour_of(i), alpha=0.25, lw=0.8)
     width = max(2, len(x) // 30)
     mean = np.convolve(y, np.ones(width) / width, "valid")
     axes.plot(x[width - 1 :], mean, lw=1.6, **style)
@@ -357,7 +358,7 @@ def budget_curve(rows: Sequence[Mapping[str, Any]], path: _Path) -> None:
   score = "mAP" if "mAP" in rows[0] else "accuracy"
   single = [row for row in rows if row["share"] == ""]
   names = dict.fromkeys(row["tokens"] for row in rows if row["share"] != "")
-  figure = _figure(12.6, 3.9)
+  figure = new_figure(12.6, 3.9)
   panels = (
     ("tokens_per_image", score, names),
     ("images_per_s", score, names),
@@ -367,9 +368,11 @@ def budget_curve(rows: Sequence[Mapping[str, Any]], path: _Path) -> None:
   for axes, (x, y, cascades) in zip(all_axes, panels):
     for i, name in enumerate(cascades):
       points = [row for row in rows if row["tokens"] == name]
-      style = dict(color=_colour(i + 1), lw=1, ls="--", label=f"cascade {name}")
+      style = dict(
+        color=colour_of(i + 1), lw=1, ls="--", label=f"cascade {name}"
+      )
       _plot_rows(axes, points, x, y, **style)
-    style = dict(color=_colour(0), lw=2.2, marker="o", label="one setting")
+    style = dict(color=colour_of(0), lw=2.2, marker="o", label="one setting")
     _plot_rows(axes, single, x, y, **style)
     for row in single:
       axes.annotate(
@@ -383,7 +386,7 @@ def budget_curve(rows: Sequence[Mapping[str, Any]], path: _Path) -> None:
     axes.margins(0.06, 0.1)
     _finish(axes, y, x)
   all_axes[0].legend(fontsize=7, frameon=False, loc="lower right")
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _plot_rows(axes, rows, x, y, **style) -> None:
@@ -405,7 +408,7 @@ def panels(
     path: of the PNG.
     note: below, what to know before reading them.
   """
-  figure = _figure(4.0 * len(parts), 3.7)
+  figure = new_figure(4.0 * len(parts), 3.7)
   for axes, (title, part) in zip(
     figure.subplots(1, len(parts), squeeze=False)[0], parts.items()
   ):
@@ -419,7 +422,7 @@ def panels(
   if note:
     text = textwrap.fill(note, 58 * len(parts))
     figure.supxlabel(text, fontsize=8, color="#555555")
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _draw_matrix(figure, axes, matrix: np.ndarray) -> None:
@@ -434,7 +437,7 @@ def _draw_layers(axes, curves: Mapping[str, np.ndarray]) -> None:
   colours: dict[str, str] = {}
   for name, y in curves.items():
     plain = name.removesuffix(" before")
-    colour = colours.setdefault(plain, _colour(len(colours)))
+    colour = colours.setdefault(plain, colour_of(len(colours)))
     dashed = name == "chance" or name != plain
     style = dict(ls="--", lw=1.2) if dashed else dict(lw=1.8, marker=".")
     label = None if name != plain else name
@@ -460,7 +463,7 @@ def methods(
     tasks: the tasks of `rows`.
     path: of the PNG.
   """
-  figure = _figure(11.0, 3.8)
+  figure = new_figure(11.0, 3.8)
   left, right = figure.subplots(1, 2)
   curves = {row["method"]: [row[task] for task in tasks] for row in rows}
   _bars(left, tasks, curves)
@@ -469,7 +472,7 @@ def methods(
   curves = {kind: [row[kind] for row in drops] for kind in kinds}
   _bars(right, [row["task"] for row in drops], curves)
   _finish(right, "accuracy alone, and with all tasks in one model", "")
-  _save(figure, path)
+  save_figure(figure, path)
 
 
 def _bars(axes, groups: Sequence[str], series: Mapping[str, Sequence[float]]):
@@ -477,7 +480,7 @@ def _bars(axes, groups: Sequence[str], series: Mapping[str, Sequence[float]]):
   width = 0.8 / len(series)
   for i, (name, values) in enumerate(series.items()):
     at = np.arange(len(groups)) + (i + 0.5) * width - 0.4
-    axes.bar(at, values, width, color=_colour(i), label=name)
+    axes.bar(at, values, width, color=colour_of(i), label=name)
   axes.set_xticks(range(len(groups)), groups)
   axes.set_ylim(0, 1)
   axes.legend(fontsize=7, frameon=False, ncols=2, loc="lower left")
@@ -495,12 +498,14 @@ def _finish(axes, title: str, x_label: str) -> None:
   axes.tick_params(labelsize=8)
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
+  """An empty figure of a size in inches."""
   from matplotlib.figure import Figure
 
   return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure, path: _Path) -> None:
+def save_figure(figure, path: _Path) -> None:
+  """Writes a PNG, and its folder if there is none."""
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=150)

@@ -25,6 +25,7 @@ from big_vision_like import (
   checkpoint,
   compilation,
   flops,
+  object_pictures,
   observe,
   pictures,
   processes,
@@ -284,7 +285,8 @@ class _Run:
     self.progress.flops = build.count_step_flops(self.parts, self.tx)
     self.progress.peak = flops.peak_flops_of(jax.devices())
     if self.step == 0 and jax.process_index() == 0:
-      pictures.training_batch(
+      draw = object_pictures if "boxes" in batch else pictures
+      draw.training_batch(
         _addressable(batch), self.folder / "pictures" / "training_batch.png"
       )
 

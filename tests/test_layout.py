@@ -22,7 +22,8 @@ ALLOWED = {
   "weights": FOUNDATION | {"models"},
   "tasks": FOUNDATION | {"losses"},
   "data": FOUNDATION,
-  "evaluators": FOUNDATION | {"capture", "pictures"},
+  "evaluators": FOUNDATION
+  | {"capture", "object_pictures", "pictures", "postprocess"},
   "allocator": set(),
   "capture": FOUNDATION,
   "optim": FOUNDATION,
@@ -38,6 +39,8 @@ ALLOWED = {
   "observe": FOUNDATION,
   "audit": FOUNDATION,
   "pictures": FOUNDATION | {"observe"},
+  "object_pictures": FOUNDATION | {"pictures", "postprocess"},
+  "postprocess": FOUNDATION,
   "train_step": FOUNDATION,
   "warm_start": FOUNDATION | {"checkpoint", "weights"},
   "attach": FOUNDATION | {"build", "models", "record", "weights"},

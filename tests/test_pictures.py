@@ -15,13 +15,13 @@ GRIDS = {0: [(4, 5), (1, 7), (2, 3)], 1: [(5, 1)], 2: []}
 @pytest.fixture
 def figures(monkeypatch):
   """The figures that were saved, still with their axes."""
-  saved, save = [], pictures._save
+  saved, save = [], pictures.save_figure
 
   def remember(figure, path):
     saved.append(figure)
     save(figure, path)
 
-  monkeypatch.setattr(pictures, "_save", remember)
+  monkeypatch.setattr(pictures, "save_figure", remember)
   return saved
 
 

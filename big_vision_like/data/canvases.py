@@ -56,15 +56,18 @@ class CanvasBatches(grain.MapDataset):
   def __str__(self) -> str:
     return f"CanvasBatches({self.canvases}, {self.shard}, steps={self.steps})"
 
-  def blank(self, canvas: HW | None = None) -> Batch:
-    """A batch of filler rows, on the largest canvas if none is named."""
+  def blank(self, canvas: HW | None = None, image_hw: HW = (1, 1)) -> Batch:
+    """A batch of filler rows, on the largest canvas if none is named.
+
+    `image_hw` holds all images as they were before the ops.
+    """
     h, w = canvas or max(self.canvases, key=lambda c: c[0] * c[1])
     n = self.shard.local
     return {
       "image": np.zeros((n, h, w, 3), np.uint8),
       "_mask": np.zeros(n, bool),
       **self.reader.blank(n),
-      **self.spec.blank_masks(n, h, w),
+      **self.spec.blank_masks(n, (h, w), image_hw),
     }
 
   def __getitem__(self, step: int | slice) -> Any:
@@ -72,7 +75,8 @@ class CanvasBatches(grain.MapDataset):
       return self.slice(step)
     first = within(step, self.steps) * self.shard.batch_size
     placed = self.placed(step)
-    batch = self.blank(self.canvas(placed))
+    image_hw = self.image_hw(placed) if self.spec.scores_masks else (1, 1)
+    batch = self.blank(self.canvas(placed), image_hw)
     for j, row in enumerate(self.shard.rows(step)):
       position, size = placed[row - first]
       if position < self.length:
@@ -109,6 +113,15 @@ class CanvasBatches(grain.MapDataset):
     position, size = placed
     h, w = (size and self.spec.smallest(size)) or (0, 0)
     return position >= self.length, h * w, h
+
+  def image_hw(self, placed: Sequence[Placed]) -> HW:
+    """What holds each image of a batch as the source has it."""
+    found = [(1, 1)]
+    for position, size in placed:
+      if size is not None:
+        found.append(self.source.hw(self.order(position)))
+    h, w = zip(*found)
+    return max(h), max(w)
 
   def shares(self, steps: int = 32) -> list[float]:
     """How often the first steps take each of the canvases."""

@@ -137,6 +137,11 @@ class ObjectSpec:
     masks = ("instance_mask",) if self.masks else ()
     return ("id", "objects", *masks)
 
+  @property
+  def scores_masks(self) -> bool:
+    """Whether masks are kept as they are before the ops."""
+    return self.masks and self.evaluation
+
   def smallest(self, hw: tuple[int, int]) -> tuple[int, int] | None:
     """The canvas of the fewest pixels that holds images up to this size."""
     holding = [(h, w) for h, w in self.canvases if h >= hw[0] and w >= hw[1]]
@@ -164,7 +169,10 @@ class ObjectSpec:
     objects = {**objects, "boxes": boxes, "pixels": boxes}
     example = {**example, "objects": objects}
     example["object_counts"] = np.array(counts, np.int32)
-    return ops.keep_objects(example, kept)
+    example = ops.keep_objects(example, kept)
+    if self.scores_masks:
+      example["original_id_map"] = example["instance_mask"]
+    return example
 
   def check(
     self, example: Example, num_classes: int | None, name: Callable[[], str]
@@ -199,11 +207,21 @@ class ObjectSpec:
       arrays["box_crowd"] = np.zeros(room, bool)
     return arrays
 
-  def blank_masks(self, *shape: int) -> Batch:
-    """Empty places for the masks, if there are any: shape is [B,H,W]."""
-    if not self.masks:
-      return {}
-    return {"box_id_map": np.zeros(shape, id_dtype(self.max_objects))}
+  def blank_masks(
+    self, n: int, canvas: tuple[int, int], image_hw: tuple[int, int]
+  ) -> Batch:
+    """Empty places for the masks of n images, if there are any.
+
+    Args:
+      n: images.
+      canvas: that they lie on.
+      image_hw: that holds all of them as they were decoded.
+    """
+    shapes = {"box_id_map": canvas} if self.masks else {}
+    if self.scores_masks:
+      shapes["original_id_map"] = image_hw
+    dtype = id_dtype(self.max_objects)
+    return {k: np.zeros((n, *hw), dtype) for k, hw in shapes.items()}
 
   def write(self, batch: Batch, row: int, example: Example) -> None:
     """Writes the objects of an image, whose ops are done, and their masks."""
@@ -220,6 +238,9 @@ class ObjectSpec:
     batch["object_counts"][row, -1] = cut
     if self.masks:
       batch["box_id_map"][row, :h, :w] = example["instance_mask"]
+    if self.scores_masks:
+      whole = example["original_id_map"]
+      batch["original_id_map"][row, : len(whole), : whole.shape[1]] = whole
     if self.evaluation:
       pixels = objects["pixels"]
       area = (pixels[:, 2:] - pixels[:, :2]).prod(axis=1)

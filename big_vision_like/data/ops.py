@@ -45,6 +45,8 @@ MAX_PIXELS = 178_956_970
 # Pillow knows formats that run other programs (EPS); images are these.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MASKS = ("instance_mask", "semantic_mask")
+# Maps of 1 + the position of an object; the second stays as it was decoded.
+ID_MAPS = ("instance_mask", "original_id_map")
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 Range = tuple[float, float]
@@ -213,16 +215,16 @@ def _crop_resize(
 
 
 def keep_objects(example: Example, kept: Bool[np.ndarray, " o"]) -> Example:
-  """The example with some of its objects; the mask numbers them anew."""
+  """The example with some of its objects; masks number them anew."""
   if kept.all():
     return example
   objects = {k: v[kept] for k, v in example["objects"].items()}
   out = {**example, "objects": objects}
-  if "instance_mask" in example:
-    mask = example["instance_mask"]
-    new_ids = np.zeros(len(kept) + 1, mask.dtype)
-    new_ids[1:][kept] = np.arange(1, kept.sum() + 1)
-    out["instance_mask"] = new_ids[mask]
+  for key in ID_MAPS:
+    if key in example:
+      new_ids = np.zeros(len(kept) + 1, example[key].dtype)
+      new_ids[1:][kept] = np.arange(1, kept.sum() + 1)
+      out[key] = new_ids[example[key]]
   return out
 
 

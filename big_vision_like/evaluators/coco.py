@@ -14,12 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from big_vision_like import api
-from big_vision_like.evaluators import classification
+from big_vision_like import api, postprocess
+from big_vision_like.evaluators import classification, detections
 
 # What pycocotools sums up, in its order.
 SCORES = (
@@ -27,10 +26,6 @@ SCORES = (
   *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
 )
 _HOST = ("example_id", "image_hw", "box_pixels", "box_area", "box_crowd")
-
-Detections = tuple[
-  Float[np.ndarray, "b q"], Int[np.ndarray, "b q"], Float[np.ndarray, "b q 4"]
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +41,14 @@ class Evaluator:
   `run` gives `AP` (the mean over thresholds of IoU from .5 to .95), `AP50`,
   `AP75`, `APs`, `APm`, `APl`, the recalls `AR1`, `AR10`, `AR100`, `ARs`, `ARm`,
   `ARl`, and `examples`; what no object of the data is for is left out. The
-  folder gets `ap_by_class.csv`.
+  folder gets `ap_by_class.csv` and, see evaluators/detections.py,
+  `detections.png`.
+
+  Attributes:
+    images: how many to draw, at most.
   """
+
+  images: int = detections.IMAGES
 
   def run(
     self, *, predict: api.Predict, batches: api.Batches, folder: Path
@@ -57,6 +58,13 @@ class Evaluator:
     classes = [score_class(found, truth, k) for k in range(len(names))]
     if jax.process_index() == 0:
       write_table(names, truth, classes, folder / "ap_by_class.csv")
+    detections.draw(
+      predict=predict,
+      batches=batches,
+      folder=folder,
+      images=self.images,
+      threshold=detections.THRESHOLD,
+    )
     scores = dict(zip(SCORES, summarize(classes)))
     seen = {k: float(x) for k, x in scores.items() if x >= 0}
     return seen | {"examples": float(examples)}
@@ -118,7 +126,7 @@ def gather(predict: api.Predict, batches: Any) -> tuple[Boxes, Boxes, int]:
 
 
 def _found(out, host):
-  parts = detections(out["logits"], out["boxes"], host["image_hw"])
+  parts = postprocess.detections(out["logits"], out["boxes"], host["image_hw"])
   bad = ~np.isfinite(parts[0]).all(1) | ~np.isfinite(parts[2]).all((1, 2))
   if bad.any():
     raise ValueError(
@@ -149,26 +157,6 @@ def _xywh(corners):
 def _concatenate(parts):
   columns = zip(*(vars(part).values() for part in parts))
   return Boxes(*(None if c[0] is None else np.concatenate(c) for c in columns))
-
-
-def detections(
-  logits: Float[np.ndarray, "b q c"],
-  boxes: Float[np.ndarray, "b q 4"],
-  image_hw: Int[np.ndarray, "b 2"],
-) -> Detections:
-  """Score, class and box of each query, as DETR's published code has them.
-
-  The best class counts even where "no object", the last one, is more likely.
-  Boxes are (x0, y0, x1, y1) in pixels of images of the size given.
-  """
-  logits = logits.astype(np.float64)
-  p = np.exp(logits - logits.max(-1, keepdims=True))
-  p = (p / p.sum(-1, keepdims=True))[..., :-1]
-  center, half = boxes[..., :2], boxes[..., 2:] / 2
-  corners = np.concatenate([center - half, center + half], -1)
-  hw = image_hw[:, None]
-  scale = np.concatenate([hw[..., ::-1], hw[..., ::-1]], -1)
-  return p.max(-1), p.argmax(-1), corners * scale
 
 
 # -- pycocotools --------------------------------------------------------------

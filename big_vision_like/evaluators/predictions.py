@@ -57,7 +57,7 @@ class Evaluator:
 def _draw(batch: api.Batch, out: dict[str, Any]) -> Iterator[Drawn]:
   """The images of this host's rows, with predicted and true classes."""
   keys = ("patches", "segment_ids", "positions", "grid_hw", "image")
-  rows = {key: _held_rows(batch[key]) for key in keys if key in batch}
+  rows = {key: held_rows(batch[key]) for key in keys if key in batch}
   held = next(iter(rows.values()))
   for row, *slot in np.argwhere(np.asarray(out["mask"])):
     if row not in held:
@@ -69,7 +69,7 @@ def _draw(batch: api.Batch, out: dict[str, Any]) -> Iterator[Drawn]:
     yield image, named(labels["logits"][0], "multi_label" in labels), truth
 
 
-def _held_rows(array: jax.Array) -> dict[int, np.ndarray]:
+def held_rows(array: jax.Array) -> dict[int, np.ndarray]:
   """The rows of a global array that this host's devices hold, by number."""
   return {
     (shard.index[0].start or 0) + i: row

@@ -186,7 +186,8 @@ def test_batches_have_the_layout_of_the_contract():
     "object_counts": ((4, 8), "int32"),
   }
   scored = evaluation()[0]
-  assert set(scored) - set(batch) == {"box_crowd", "box_area", "box_pixels"}
+  scores = {"box_crowd", "box_area", "box_pixels", "original_id_map"}
+  assert set(scored) - set(batch) == scores
   device = set(pipeline.spec(evaluation()))
   assert device == set(batch) - set(api.HOST_KEYS)
   plain = dataclasses.replace(SPEC, masks=False)
@@ -254,6 +255,11 @@ def test_an_evaluation_is_in_order_and_filled_up():
     assert not batch["box_pixels"][i, n:].any()
     area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
     np.testing.assert_array_equal(batch["box_area"][i, :n], area)
+    h, w = source["image"].shape[:2]
+    whole = batch["original_id_map"][i]
+    np.testing.assert_array_equal(whole[:h, :w], source["instance_mask"])
+    assert not whole[h:].any()
+    assert not whole[:, w:].any()
 
 
 def test_an_evaluation_has_room_for_all_that_its_source_has():

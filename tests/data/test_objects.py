@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 
-from big_vision_like.data import objects
+from big_vision_like.data import objects, ops
 from big_vision_like.data.objects import ObjectSpec
 
 NAN, INF = float("nan"), float("inf")
@@ -73,7 +73,7 @@ def example(boxes, labels=None, **more):
 
 
 def write(spec, one):
-  batch = spec.blank(2) | spec.blank_masks(2, 32, 64)
+  batch = spec.blank(2) | spec.blank_masks(2, (32, 64), HW)
   one = spec.prepare(one, lambda: "it")
   spec.check(one, 11, lambda: "it")
   spec.write(batch, 1, one)
@@ -139,10 +139,28 @@ def test_crowds_are_for_evaluation():
   assert not batch["box_crowd"].any()
 
 
+def test_an_evaluation_keeps_the_masks_of_the_original_image():
+  spec = dataclasses.replace(SPEC, evaluation=True)
+  one = example([[NAN, 0, 9, 9], [10, 0, 12, 2], [0, 9, 4, 12], [9, 9, 50, 30]])
+  one = spec.prepare(one, lambda: "it")
+  cropped = ops.parse("center_crop(30)")(one, np.random.default_rng(0))
+  batch = spec.blank(2) | spec.blank_masks(2, (32, 64), (31, 50))
+  spec.write(batch, 1, cropped)
+  left = (batch["box_label"][1] >= 0).sum()
+  assert left == 2  # The crop loses one, whose pixels are nobody's then.
+  assert batch["original_id_map"].shape == (2, 31, 50)
+  for k, (x0, y0, x1, y1) in enumerate(batch["box_pixels"][1, :left], 1):
+    inside = batch["original_id_map"][1] == k
+    assert inside[int(y0) : int(y1), int(x0) : int(x1)].all()
+    assert inside.sum() == (x1 - x0) * (y1 - y0)
+  assert batch["original_id_map"].max() == left
+  assert spec.blank_masks(1, (32, 32), HW)["original_id_map"].shape == (1, *HW)
+
+
 def test_maps_of_many_objects_take_two_bytes():
   spec = dataclasses.replace(SPEC, max_objects=256)
-  assert spec.blank_masks(1, 2, 3)["box_id_map"].dtype == np.uint16
-  assert dataclasses.replace(SPEC, masks=False).blank_masks(1, 2, 3) == {}
+  assert spec.blank_masks(1, (2, 3), HW)["box_id_map"].dtype == np.uint16
+  assert not dataclasses.replace(SPEC, masks=False).blank_masks(1, (2, 3), HW)
 
 
 def test_the_smallest_canvas_that_holds():

@@ -543,7 +543,7 @@ def test_to_device_shards_the_batch_and_keeps_the_rest(placed):
   dataset = train()
   batch = dataset[0]
   device, host = pipeline.to_device(batch, placed)
-  others = ("text_", "object_", "box_")
+  others = ("text_", "object_", "box_", "original_")
   expected = {k for k in api.HOST_KEYS if not k.startswith(others)}
   assert set(host) == expected
   assert set(device) == set(batch) - set(host)

@@ -11,6 +11,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from big_vision_like import postprocess
 from big_vision_like.evaluators import coco
 
 CLASSES, QUERIES, SLOTS = 4, 23, 6
@@ -79,7 +80,7 @@ class Data:
 
 
 def run(data, folder):
-  evaluator = coco.Evaluator()
+  evaluator = coco.Evaluator(images=0)
   return evaluator.run(predict=lambda x: x, batches=data, folder=folder)
 
 
@@ -89,7 +90,7 @@ def by_files(data, folder):
   annotations, results = [], []
   # Scores that are equal in theory differ in the last bit by how they are
   # computed; they have a test of their own.
-  score, label, _ = coco.detections(data.logits, data.boxes, data.hw)
+  score, label, _ = postprocess.detections(data.logits, data.boxes, data.hw)
   for i, image in enumerate(data.id.tolist()):
     for slot in np.flatnonzero(data.label[i] >= 0):
       x0, y0, x1, y1 = to_list(data.pixels[i, slot])
@@ -190,7 +191,7 @@ def test_detections_of_the_published_code():
   q, c = np.meshgrid(np.arange(6), np.arange(5), indexing="ij")
   logits = 2 * np.sin(1 + 2 * q + 0.7 * c * (q + 1))
   boxes = np.array([[0.5, 0.8, 0.2, 0.35]])
-  score, label, corners = coco.detections(
+  score, label, corners = postprocess.detections(
     logits[None], np.broadcast_to(boxes, (1, 6, 4)), np.array([[480, 640]])
   )
   # atol: the published figures have five digits.

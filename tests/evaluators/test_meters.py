@@ -291,9 +291,9 @@ def test_similarity_reports_neighbours_and_their_chance(tmp_path):
 
 
 def test_the_trap_stands_below_the_figure(monkeypatch, tmp_path):
-  figures, save = [], pictures._save
+  figures, save = [], pictures.save_figure
   monkeypatch.setattr(
-    pictures, "_save", lambda f, path: (figures.append(f), save(f, path))
+    pictures, "save_figure", lambda f, path: (figures.append(f), save(f, path))
   )
   curves = {
     "x": np.array([1.0, 2]),
