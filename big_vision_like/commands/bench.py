@@ -7,6 +7,7 @@
   bench padding     the share of packed rows that is padding
   bench wait        the share of a training step spent waiting for data
   bench startup     seconds from the command to the first step
+  bench attention   time and memory over packed rows, by backend
   bench tokens      time and memory of attention, separable and not, by tokens
   bench share       speed of networks by their share of attention layers
   bench kinds       time in products, and in what is bound by memory
@@ -30,6 +31,7 @@ TABLES = (
   "padding",
   "wait",
   "startup",
+  "attention",
   "tokens",
   "share",
   "kinds",

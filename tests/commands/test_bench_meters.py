@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from big_vision_like.benchmarks import kinds, models, share, tokens
+from big_vision_like.benchmarks import (
+  attention,
+  kinds,
+  models,
+  share,
+  tokens,
+)
 from big_vision_like.models.layers.blocks import BlockConfig
 
 
@@ -29,6 +35,27 @@ def test_fits_find_the_law_that_made_the_costs():
   assert square["quadratic"].endswith("+ 5 n² ms")
   assert square["quadratic error"] == "0%"
   assert square["power"] == pytest.approx(2)
+
+
+def test_packed_attention_by_backend(monkeypatch):
+  monkeypatch.setattr(attention, "IMAGE", 5)
+  table = attention.run(
+    lengths=(4, 16, 64), heads=2, head=8, repeats=1, memory=50_000
+  )
+  header, *rows = cells(table)
+  assert [row[:2] for row in rows] == [["4", "16"], ["16", "4"], ["64", "1"]]
+  megabytes = [float(row[header.index("xla, MB")]) for row in rows]
+  assert megabytes == sorted(megabytes)
+  # Scores of 64 x 64 in two heads are 33 kB, and there are several of them.
+  assert rows[2][header.index("xla, ms")] == "not run"
+  assert "Not run here: splash, cudnn." in table
+
+
+def test_rows_are_full_of_whole_images():
+  ids = attention.segments(2, 500)
+  assert ids.shape == (2, 500)
+  assert np.bincount(ids[1]).tolist() == [108, 196, 196]
+  assert set(attention.segments(1, 100).flat) == {1}
 
 
 def test_attention_table_has_time_memory_and_fits():
