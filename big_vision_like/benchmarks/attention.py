@@ -1,8 +1,8 @@
 """Attention over packed rows by backend: time and memory against their length.
 
-Forward and backward of `layers/attention.py` for rows that are full of images of
-`IMAGE` tokens. Only the plain backend computes what foreign tokens would have
-to say to each other.
+Forward and backward of `layers/attention.py` for rows that are full of images
+of `IMAGE` tokens. Only the plain backend computes what foreign tokens would
+have to say to each other.
 """
 
 import functools
