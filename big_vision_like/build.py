@@ -57,10 +57,12 @@ class Parts:
   def identity(self) -> dict[str, Any]:
     """What `run.json` says of the data."""
     tokenizer = None if self.text is None else self.text.tokenizer.fingerprint
+    is_thing = getattr(self.source, "is_thing", None)
     return {
       "data": pipeline.fingerprint(self.source),
       "label_names": list(self.source.label_names),
       "tokenizer": tokenizer,
+      **({} if is_thing is None else {"is_thing": list(is_thing)}),
     }
 
 

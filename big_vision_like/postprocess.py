@@ -14,6 +14,9 @@ from PIL import Image
 
 # A segment of so few pixels is none.
 MIN_AREA = 4
+# A score from which on an object is shown: DETR's for boxes (its notebook), and
+# for segments (its panoptic evaluation).
+BOX_THRESHOLD, SEGMENT_THRESHOLD = 0.7, 0.85
 _PREDICTED = ("logits", "boxes", "masks")
 
 Detections = tuple[
@@ -58,6 +61,38 @@ def detections(
   return p.max(-1), p.argmax(-1), corners * scale
 
 
+def find(
+  one: Mapping[str, np.ndarray],
+  canvas: Sequence[int],
+  image_hw: Sequence[int],
+  *,
+  is_thing: Sequence[bool] | None,
+  threshold: float | None = None,
+) -> Found:
+  """Segments where the model has masks, else boxes.
+
+  Args:
+    one: of an image, what the task's `predict` gives.
+    canvas: (height, width) that it lies on.
+    image_hw: (height, width) that is asked for.
+    is_thing: see `segments`.
+    threshold: of the score; None: SEGMENT_THRESHOLD or BOX_THRESHOLD.
+  """
+  if "masks" not in one:
+    threshold = BOX_THRESHOLD if threshold is None else threshold
+    return objects(one["logits"], one["boxes"], image_hw, threshold=threshold)
+  return segments(
+    one["logits"],
+    one["boxes"],
+    one["masks"],
+    one["size"],
+    image_hw,
+    stride=canvas[0] // one["masks"].shape[1],
+    is_thing=is_thing,
+    threshold=SEGMENT_THRESHOLD if threshold is None else threshold,
+  )
+
+
 def are_things(
   label: Int[np.ndarray, " n"], is_thing: Sequence[bool] | None
 ) -> Bool[np.ndarray, " n"]:
@@ -69,6 +104,11 @@ def are_things(
     return np.ones(len(label), bool)
   known = np.append(np.asarray(is_thing, bool), False)
   return known[np.minimum(label, len(is_thing))]
+
+
+def all_names(names: Sequence[str], classes: int) -> list[str]:
+  """Names of all classes of a head that may have more than the data."""
+  return [*names, *(f"class {k}" for k in range(len(names), classes))]
 
 
 def check_finite(out: Mapping[str, np.ndarray], name: str) -> None:
@@ -137,7 +177,7 @@ def segments(
   sure = found.query[logits[found.query].argmax(-1) < logits.shape[-1] - 1]
   query = np.sort(sure)
   label = logits[query].argmax(-1)
-  fine = _at_pixels(masks[query], size, image_hw, stride)
+  fine = at_pixels(masks[query], size, image_hw, stride)
   owner, first = np.arange(len(query)), {}
   for k in np.flatnonzero(~are_things(label, is_thing)):
     owner[k] = first.setdefault(label[k], k)
@@ -159,8 +199,16 @@ def segments(
   return Found(*parts, id_map)
 
 
-def _at_pixels(masks, size, image_hw, stride):
-  """Masks at the pixels of the image: bilinear, and then the nearest."""
+def at_pixels(
+  masks: Float[np.ndarray, "n h w"],
+  size: Sequence[int],
+  image_hw: Sequence[int],
+  stride: int,
+) -> Float[np.ndarray, "n h2 w2"]:
+  """Maps of a canvas at the pixels of an image: bilinear, then the nearest.
+
+  Args: see `segments`.
+  """
   rows, columns = (-(-n // stride) for n in size)
   at = np.ix_(*map(_nearest, size, image_hw))
   fine = np.empty((len(masks), *image_hw), np.float32)

@@ -41,6 +41,8 @@ ALLOWED = {
   "pictures": FOUNDATION | {"observe"},
   "object_pictures": FOUNDATION | {"pictures", "postprocess"},
   "postprocess": FOUNDATION,
+  "detect": FOUNDATION
+  | {"capture", "data", "object_pictures", "postprocess", "sharding"},
   "train_step": FOUNDATION,
   "warm_start": FOUNDATION | {"checkpoint", "weights"},
   "attach": FOUNDATION | {"build", "models", "record", "weights"},

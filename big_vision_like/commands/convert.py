@@ -83,7 +83,11 @@ def _import(args: argparse.Namespace) -> int:
     tokenizer=args.tokenizer,
   )
   names = label_names(args.labels, path, config.task.num_classes)
-  write_run(Path(args.target), config, variables, names, source=args.source)
+  is_thing = engine.table(args.model, "IS_THING").get(len(names))
+  extra = {} if is_thing is None else {"is_thing": list(is_thing)}
+  write_run(
+    Path(args.target), config, variables, names, source=args.source, **extra
+  )
   print(
     f"{trees.count(variables['params']):,} parameters from {args.source}, read "
     f"as {layout}, are in {args.target}."
@@ -172,7 +176,7 @@ def read_published(
   task = dict(name="classification", loss_name="softmax")
   if isinstance(model, two_towers.TwoTowers):
     task = dict(name="contrastive", loss_name="sigmoid")
-  elif isinstance(model, detr.DETR):
+  if isinstance(model, detr.DETR):
     task = dict(name="detection")
   task.update(
     num_classes=classes or 0,
@@ -247,9 +251,11 @@ def _data(model: nn.Module, prepared: Mapping[str, Any]) -> dict[str, Any]:
       eval_tokens=tokens,
     )
     return dict(eval_ops="decode", pack=pack)
-  if "longest" in prepared:
-    ops = f"detr_resize({prepared['size']}, {prepared['longest']})"
-    return dict(eval_ops=f"decode|{ops}", pack=None)
+  if isinstance(model, detr.DETR):
+    size, longest = prepared["size"], prepared["longest"]
+    spec = dict(canvases=_canvases(size, longest), masks=model.has_masks)
+    ops = f"decode|detr_resize({size}, {longest})"
+    return dict(eval_ops=ops, pack=None, objects=spec)
   size, crop_pct = prepared["size"], prepared["crop_pct"]
   if crop_pct is None:
     return dict(eval_ops=f"decode|resize({size})", pack=None)
@@ -258,13 +264,23 @@ def _data(model: nn.Module, prepared: Mapping[str, Any]) -> dict[str, Any]:
   return dict(eval_ops=f"decode|{ops}interpolation='{method}')", pack=None)
 
 
+def _canvases(size: int, longest: int) -> tuple[tuple[int, int], ...]:
+  """For images lying, standing, and of both kinds; of COCO's most are 4 : 3."""
+  short, usual, long = (
+    -(-n // 32) * 32 for n in (size, size * 4 // 3, longest)
+  )
+  sides = [(short, usual), (short, long)]
+  return (*sides, *((w, h) for h, w in sides), (long, long))
+
+
 def label_names(
   path: str | None, weights: Path, classes: int
 ) -> tuple[str, ...]:
   """Names of the classes: of a file, or of the config.json beside the weights.
 
-  transformers' configs have them as "id2label", timm's as "label_names"; where
-  there are none, classes are called by their numbers.
+  transformers' configs have them as "id2label", timm's as "label_names", COCO's
+  annotations as "categories"; where there are none, classes are called by their
+  numbers.
 
   Raises:
     ValueError: if there are not as many names as classes.
@@ -273,7 +289,7 @@ def label_names(
   if path is not None and file.suffix != ".json":
     names = tuple(file.read_text().splitlines())
   else:
-    names = _names_in_json(file) if path or file.is_file() else ()
+    names = _names_in_json(file, classes) if path or file.is_file() else ()
   if not names and path is None:
     return tuple(f"class {i}" for i in range(classes))
   if len(names) != classes:
@@ -283,8 +299,13 @@ def label_names(
   return names
 
 
-def _names_in_json(file: Path) -> tuple[str, ...]:
+def _names_in_json(file: Path, classes: int) -> tuple[str, ...]:
   stored = json.loads(file.read_text())
+  if isinstance(stored, dict) and "categories" in stored:
+    # Of COCO, by their ids, as heads of DETR have them.
+    names = {c["id"]: c["name"] for c in stored["categories"]}
+    most = max(classes, *(i + 1 for i in names))
+    return tuple(names.get(i, f"(id {i})") for i in range(most))
   if isinstance(stored, dict):
     stored = stored.get("id2label") or stored.get("label_names") or stored
   if isinstance(stored, dict):  # By number, among what else a config says.

@@ -1,9 +1,14 @@
-"""Labels images with a trained model, and writes their features.
+"""Labels images with a trained model, or finds and draws the objects in them.
 
 Takes files and folders (searched through for images). The model, the way its
 images are prepared and the names of its labels come from the run folder. With
 tasks of a learnable memory, from the run or from --adapters, all are answered
 in one pass, and a table says what each adds to its time.
+
+Of a detector, prints each object with its label, score and box in pixels of the
+file, and draws them, with a mask head as segments:
+
+  predict --run runs/detr photos/ --threshold 0.9 --json found.json --attention
 """
 
 import argparse
@@ -28,15 +33,24 @@ from big_vision_like import (
   build,
   checkpoint,
   compilation,
+  detect,
+  postprocess,
   record,
   sharding,
   train_step,
 )
 from big_vision_like.benchmarks import tasks as task_costs
-from big_vision_like.data import ops, packing, pipeline
+from big_vision_like.data import objects, ops, packing, pipeline
 from big_vision_like.data.sources import folder
 from big_vision_like.models import memory
 from big_vision_like.weights import adapter
+
+BATCH_SIZE = 16
+# Tasks, with the arguments that make sense of them alone.
+_OPTIONS = {
+  "classification": ("adapters", "tasks", "top", "tokens", "features"),
+  "detection": ("threshold", "pictures", "json", "attention"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +61,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add("--adapters", nargs="+", default=(), metavar="FILE", help="more tasks")
   add("--tasks", nargs="+", metavar="NAME", help="to answer; without: all")
   add("--step", type=step, default="latest", help="a step, best or latest")
-  add("--top", type=int, default=5, help="labels to print for an image")
+  add("--top", type=int, metavar="N", help="labels to print for an image (5)")
   add("--tokens", type=int, metavar="N", help="most tokens of a packed image")
   add("--features", metavar="OUT.npz", help="file for features and scores")
-  add("--batch-size", type=int, default=16, help="images, or packed rows")
+  add(
+    "--batch-size",
+    type=int,
+    metavar="N",
+    help="images, or packed rows (16; of a detector 1)",
+  )
+  add = parser.add_argument_group("of a detector").add_argument
+  add(
+    "--threshold",
+    type=float,
+    metavar="P",
+    help=f"least score of an object ({postprocess.BOX_THRESHOLD}; of a segment "
+    f"{postprocess.SEGMENT_THRESHOLD})",
+  )
+  add("--pictures", metavar="DIR", help="for them (RUN/predictions)")
+  add("--json", metavar="OUT.json", help="file for the objects, and masks")
+  add(
+    "--attention",
+    action="store_true",
+    help="draw where the decoder looks for each object",
+  )
 
 
 def step(text: str) -> int | str:
@@ -70,27 +104,41 @@ def main(args: argparse.Namespace) -> int:
   if not files:
     raise ValueError(f"No image of {' '.join(args.images)} can be read.")
   task = record.read_run(args.run)["config"]["task"]["name"]
-  if task != "classification":
+  if task not in _OPTIONS:
     raise ValueError(
-      "predict prints the scores of a classification, but the task of "
-      f"{args.run} is {task!r}."
+      "predict prints the scores of a classification, or the objects of a "
+      f"detection, but the task of {args.run} is {task!r}."
+    )
+  others = {k for name, keys in _OPTIONS.items() if name != task for k in keys}
+  given = [k for k in sorted(others) if getattr(args, k)]
+  if given:
+    raise ValueError(
+      f"The task of {args.run} is {task}, which has no --{', --'.join(given)}."
     )
   compilation.enable_compilation_cache()
   run = load_run(args.run, step=args.step)
+  show = _print_objects if task == "detection" else _print_scores
+  seen = show(args, run, files)
+  skipped = sorted(set(range(len(files))) - seen)
+  for i in skipped:
+    print(f"skipped {files[i][0]}: cannot be decoded", file=sys.stderr)
+  return 1 if broken or skipped else 0
+
+
+def _print_scores(args, run, files) -> set[int]:
+  """Of a classification; returns which files could be read."""
+  batch_size = args.batch_size or BATCH_SIZE
   if args.adapters:
     run = attach.join(run, args.adapters)
   run = attach.folded(attach.chosen(run, args.tasks))
-  result = predict(run, files, batch_size=args.batch_size, tokens=args.tokens)
-  skipped = sorted(set(range(len(files))) - set(result.indices))
-  for i in skipped:
-    print(f"skipped {files[i][0]}: cannot be decoded", file=sys.stderr)
+  result = predict(run, files, batch_size=batch_size, tokens=args.tokens)
   names = [str(files[i][0]) for i in result.indices]
   for task, labels in run.labels.items():
     scores = result.scores[task]
-    lines = table(names, scores, labels.names, top=args.top)
+    lines = table(names, scores, labels.names, top=args.top or 5)
     print("\n".join([f"{task}:", *lines] if task else lines))
   if isinstance(run.model, memory.MemoryViT):
-    print("\n".join(costs(run, files, args.batch_size, args.tokens)))
+    print("\n".join(costs(run, files, batch_size, args.tokens)))
   if args.features:
     arrays = {"names": np.array(names), "features": result.features}
     for task, labels in run.labels.items():
@@ -98,7 +146,27 @@ def main(args: argparse.Namespace) -> int:
       arrays[f"scores{suffix}"] = result.scores[task]
       arrays[f"label_names{suffix}"] = np.array(labels.names)
     np.savez(args.features, **arrays)
-  return 1 if broken or skipped else 0
+  return set(result.indices)
+
+
+def _print_objects(args, run, files) -> set[int]:
+  """Of a detection; returns which files could be read."""
+  mesh = sharding.make_mesh({"data": -1})
+  data = _eval_data(
+    run, files, mesh, batch_size=args.batch_size or 1, tokens=None
+  )
+  seen = detect.report(
+    run,
+    detect.find(
+      run, data, mesh, threshold=args.threshold, attention=args.attention
+    ),
+    [file for file, _ in files],
+    folder=Path(args.pictures or Path(args.run) / "predictions"),
+    json_file=args.json,
+  )
+  if not seen:
+    raise ValueError(_none_decoded(files))
+  return seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +174,8 @@ class Run:
   """A trained model, ready to be applied.
 
   `labels` are those of each task that it answers, of which "" is the only one
-  of a model without a memory.
+  of a model without a memory. `is_thing` is known of each class of panoptic
+  data.
   """
 
   config: ConfigDict
@@ -115,6 +184,7 @@ class Run:
   task: api.Task
   variables: dict[str, api.PyTree]
   labels: Mapping[str, adapter.Labels]
+  is_thing: tuple[bool, ...] | None = None
 
   def state(self) -> api.TrainState:
     """The state that evaluation needs: what it applies, and no optimizer."""
@@ -157,6 +227,10 @@ class Files:
       "label": -1,
       # The tasks of several labels ask for it.
       "multi_label": np.zeros(len(self.label_names), np.uint8),
+      "objects": {
+        "boxes": np.zeros((0, 4), np.float32),
+        "label": np.zeros(0, np.int32),
+      },
     }
 
   def hw(self, index: int) -> tuple[int, int]:
@@ -213,8 +287,13 @@ def load_run(path: str, *, step: int | str = "latest") -> Run:
     checkpoint.check_same_tokenizer(path, text.tokenizer.fingerprint)
   model = build.make_model(config, task.num_classes, text, **portable)
   variables = checkpoint.load_variables(path, step=step)
-  labels = attach.labels(model, names, task.loss_name, stored.get("tasks", {}))
-  return Run(config, names, model, task, variables, labels)
+  labels = {}
+  if hasattr(task, "loss_name"):
+    tasks = stored.get("tasks", {})
+    labels = attach.labels(model, names, task.loss_name, tasks)
+  return Run(
+    config, names, model, task, variables, labels, stored.get("is_thing")
+  )
 
 
 def settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -258,16 +337,20 @@ def predict(
         rows[int(ids[at])] = {k: out[k][at] for k in wanted}
       bar.update(len(rows) - bar.n)
   if not rows:
-    raise ValueError(
-      f"None of the {len(files)} images can be decoded, the first of them "
-      f"{files[0][0]}."
-    )
+    raise ValueError(_none_decoded(files))
   stacked = lambda key: np.array([rows[i][key] for i in sorted(rows)])
   scores = {
     task: probabilities(stacked(key), run.labels[task].loss_name)
     for task, key in keys.items()
   }
   return Result(sorted(rows), scores, stacked("features"))
+
+
+def _none_decoded(files):
+  return (
+    f"None of the {len(files)} images can be decoded, the first of them "
+    f"{files[0][0]}."
+  )
 
 
 def _eval_data(
@@ -286,6 +369,7 @@ def _eval_data(
     Files(files, run.label_names),
     ops=config.eval_ops,
     pack=config.pack and packing.PackSpec(**config.pack),
+    objects=_canvases(run),
     num_classes=run.task.num_classes,
     batch_size=rows,
     tokens=tokens,
@@ -293,6 +377,14 @@ def _eval_data(
   placed = sharding.batch_sharding(mesh)
   for batch in pipeline.open_iterator(dataset, workers=0, threads=2):
     yield pipeline.to_device(batch, placed)
+
+
+def _canvases(run: Run) -> objects.ObjectSpec | None:
+  """Those of a detector; there are no masks to lay on them."""
+  settings = build.plain(run.config.data.get("objects"))
+  if not settings:
+    return None
+  return objects.ObjectSpec(**settings | {"masks": False})
 
 
 def probabilities(

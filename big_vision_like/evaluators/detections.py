@@ -5,7 +5,7 @@ evaluators `coco` and `panoptic` draw it too.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -60,15 +60,12 @@ def draw(
   pairs: list[Pair] = []
   for batch, _ in batches(limit=images):
     out = predict(batch)
-    names = all_names(batches.label_names, out["logits"].shape[-1] - 1)
+    names = postprocess.all_names(
+      batches.label_names, out["logits"].shape[-1] - 1
+    )
     pairs.extend(_pairs(batch, out, names, batches.is_thing, threshold))
   if pairs and jax.process_index() == 0:
     object_pictures.compared(pairs, folder / "detections.png")
-
-
-def all_names(names: Sequence[str], classes: int) -> list[str]:
-  """Names of all classes of a head that may have more than the data."""
-  return [*names, *(f"class {k}" for k in range(len(names), classes))]
 
 
 def _pairs(batch, out, names, is_thing, threshold) -> Iterator[Pair]:
@@ -79,20 +76,9 @@ def _pairs(batch, out, names, is_thing, threshold) -> Iterator[Pair]:
       continue
     one = {k: np.asarray(x[row]) for k, x in out.items()}
     h, w = size = tuple(one["size"].tolist())
-    if "masks" in one:
-      found = postprocess.segments(
-        one["logits"],
-        one["boxes"],
-        one["masks"],
-        size,
-        size,
-        stride=held[row].shape[0] // one["masks"].shape[1],
-        is_thing=is_thing,
-        threshold=threshold,
-      )
-    else:
-      found = postprocess.objects(
-        one["logits"], one["boxes"], size, threshold=threshold
-      )
+    canvas = held[row].shape[:2]
+    found = postprocess.find(
+      one, canvas, size, is_thing=is_thing, threshold=threshold
+    )
     truth = object_pictures.true_objects(one, names)
     yield held[row][:h, :w], truth, object_pictures.found_objects(found, names)

@@ -41,7 +41,7 @@ class Evaluator:
     images: how many to draw, at most.
   """
 
-  threshold: float = 0.85
+  threshold: float = postprocess.SEGMENT_THRESHOLD
   images: int = detections.IMAGES
 
   def run(
@@ -49,7 +49,7 @@ class Evaluator:
   ) -> dict[str, float]:
     is_thing = batches.is_thing
     counts, examples = self.count(predict, batches)
-    names = detections.all_names(batches.label_names, len(counts))
+    names = postprocess.all_names(batches.label_names, len(counts))
     if jax.process_index() == 0:
       write_table(names, is_thing, counts, folder / "pq_by_class.csv")
     detections.draw(
@@ -76,18 +76,14 @@ class Evaluator:
       _check(out, host)
       host = {k: classification.global_rows(batch, host[k]) for k in _HOST}
       classes = max(len(batches.label_names), out["logits"].shape[-1] - 1)
-      stride = batch["image"].shape[1] // out["masks"].shape[2]
       for row in np.flatnonzero(out["mask"]):
         one = {k: np.asarray(x[row]) for k, x in {**out, **host}.items()}
         postprocess.check_finite(one, f"example {one['example_id']}")
         h, w = one["image_hw"]
-        found = postprocess.segments(
-          one["logits"],
-          one["boxes"],
-          one["masks"],
-          one["size"],
+        found = postprocess.find(
+          one,
+          batch["image"].shape[1:3],
           (h, w),
-          stride=stride,
           is_thing=batches.is_thing,
           threshold=self.threshold,
         )

@@ -205,6 +205,10 @@ PUBLISHED = {
 }
 
 
+# Of COCO's panoptic classes by their ids, for heads of so many.
+IS_THING = {250: tuple(i <= 90 for i in range(250))}
+
+
 # Differences of shape ---------------------------------------------------------
 
 
