@@ -14,6 +14,7 @@ from big_vision_like import pictures, postprocess
 _Path = str | os.PathLike[str]
 _INCHES = 2.4  # of an image among others
 _ALONE = 8.0
+_SIDE = 400  # pixels, at least, of an image with segments
 _GREY = 0.45  # what is left of an image below where queries look
 
 
@@ -144,6 +145,8 @@ def draw(axes, image: np.ndarray, drawn: Drawn, *, fontsize: float = 6) -> None:
   axes.imshow(_shaded(image, drawn), extent=(0, w, h, 0))
   axes.set_xlim(0, w)
   axes.set_ylim(h, 0)
+  axes.set_xticks([])
+  axes.set_yticks([])
   axes.set_visible(True)
   for (x0, y0, x1, y1), text, number in zip(
     drawn.boxes, drawn.texts, drawn.colours
@@ -168,7 +171,12 @@ def _shaded(image: np.ndarray, drawn: Drawn) -> np.ndarray:
   """The image with segments in their colours, and white borders."""
   if drawn.id_map is None:
     return image
-  ids = np.asarray(drawn.id_map, np.int64)
+  # So that borders are thin on small images too.
+  zoom = math.ceil(_SIDE / max(image.shape[:2]))
+  image, ids = (
+    x.repeat(zoom, 0).repeat(zoom, 1)
+    for x in (image, np.asarray(drawn.id_map, np.int64))
+  )
   table = np.array([(0, 0, 0), *map(_rgb, drawn.colours)]) * 255
   out = np.where(ids[..., None] > 0, 0.5 * image + 0.5 * table[ids], image)
   edge = np.zeros(ids.shape, bool)
@@ -190,12 +198,10 @@ def _inches(h: int, w: int) -> tuple[float, float]:
 
 
 def _grid(count: int, columns: int):
-  """A figure, and axes without ticks, which are hidden until drawn in."""
+  """A figure, and axes, which are hidden until drawn in."""
   rows = max(1, math.ceil(count / columns))
   figure = pictures.new_figure(_INCHES * columns, _INCHES * rows)
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
   for one in axes:
-    one.set_xticks([])
-    one.set_yticks([])
     one.set_visible(False)
   return figure, axes
