@@ -86,7 +86,7 @@ def pretrain(c, a):
   c.task = dict(name="classification", loss_name="softmax")
   c.task.mean, c.task.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
   c.model = dict(name="resnet", variant="local")
-  c.total_steps = a.steps or 1500
+  c.total_steps = a.steps or 2400
   c.batch_size = 32
   c.data.ops = c.data.eval_ops = "decode|resize(40)"
   c.optim.lr = 2e-3
@@ -154,8 +154,7 @@ def _local(c, a):
   c.model.temperature, c.model.scale = 100.0, 8 * math.pi
   # Within a scan, a CPU computes on one core.
   c.model.scan = False
-  c.data.ops = "decode|detr_resize((44, 52, 60, 64), 64)"
-  c.data.eval_ops = "decode|detr_resize(64, 64)"
+  c.data.ops = c.data.eval_ops = "decode|resize(64)"
   c.data.objects = dict(canvases=((64, 64),), max_objects=c.model.num_queries)
   c.optim.lr = 1e-3
   c.optim.clip = 0.5

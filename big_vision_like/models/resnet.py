@@ -22,10 +22,10 @@ from big_vision_like.models.layers.blocks import shard_batch
 from big_vision_like.models.layers.convolution import BatchNorm, Conv, max_pool
 from big_vision_like.models.layers.resize import visible
 
-# The blocks of each stage; "local" has its own WIDTH, and a stem of 3 x 3
-# without a pool: its maps are at 1/4 and 1/8 as well.
+# The blocks of each stage; "local" has basic ones, its own WIDTH, and a stem of
+# 3 x 3 without a pool: its maps are at 1/4 and 1/8 as well.
 VARIANTS = {
-  "local": dict(stages=(2, 2), width=24, stem=3),
+  "local": dict(stages=(1, 2), width=32, stem=3, basic=True),
   "R50": dict(stages=(3, 4, 6, 3)),
   "R101": dict(stages=(3, 4, 23, 3)),
 }
@@ -81,6 +81,42 @@ class Bottleneck(nn.Module):
     )
     y = conv_bn("conv3", jax.nn.relu(y), out)
     return jax.nn.relu(y + shortcut)
+
+
+class Basic(nn.Module):
+  """Two convolutions of 3 x 3; then the input is added.
+
+  Attributes: those of Bottleneck; there are as many channels inside as outside.
+  """
+
+  features: int
+  stride: int = 1
+  dilation: int = 1
+  frozen: bool = False
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b h w c"],
+    pixel_mask: Bool[Array, "b ih iw"] | None = None,
+    *,
+    train: bool,
+  ) -> Float[Array, "b oh ow d"]:
+    def conv_bn(name, x, stride=1, **kw):
+      return _conv_bn(
+        self, name, x, self.features, stride=stride, train=train, **kw
+      )
+
+    def wide(name, x, stride):
+      x = visible(x, pixel_mask)
+      return conv_bn(name, x, stride, kernel=3, dilation=self.dilation)
+
+    shortcut = x
+    if self.stride > 1 or x.shape[-1] != self.features:
+      shortcut = conv_bn("proj", x, self.stride)
+    y = jax.nn.relu(wide("conv1", x, self.stride))
+    return jax.nn.relu(wide("conv2", y, 1) + shortcut)
 
 
 def _conv_bn(module, name, x, features, *, train, **kw):
@@ -148,8 +184,8 @@ class ResNet(nn.Module):
     Returns:
       logits float32 [B,C]; stages, the maps C2 to C5 as a list, with 256, 512,
       1024 and 2048 channels at 1/4, 1/8, 1/16 and 1/32 of the image's sides,
-      rounded up (C5 at 1/16 with `dilation`); pooled [B,2048], the mean of C5,
-      which the head reads.
+      rounded up (C5 at 1/16 with `dilation`), of "local" two of 32 and 64
+      channels; pooled [B,2048], the mean of the last, which the head reads.
     """
     size = {"width": WIDTH} | VARIANTS[self.variant]
     x, width = visible(image, pixel_mask), size["width"]
@@ -160,11 +196,11 @@ class ResNet(nn.Module):
     if pooled:
       x = max_pool(x, 3, stride=2, padding=1)
     x = shard_batch(x)
-    stages = []
+    stages, block = [], Basic if size.get("basic") else Bottleneck
     for s, depth in enumerate(size["stages"]):
       dilated = self.dilation and s == len(size["stages"]) - 1
       for b in range(depth):
-        x = Bottleneck(
+        x = block(
           width * 2**s,
           stride=1 if b or dilated or (pooled and s == 0) else 2,
           dilation=2 if dilated and b else 1,

@@ -48,10 +48,12 @@ def rules(
     ]
 
   found = conv_bn("stem", "conv1", "bn1")
-  for s, depth in enumerate(resnet.VARIANTS[model.variant]["stages"]):
+  size = resnet.VARIANTS[model.variant]
+  convs = (1, 2) if size.get("basic") else (1, 2, 3)
+  for s, depth in enumerate(size["stages"]):
     for b in range(depth):
       here, there = f"stage{s}_block{b}", f"layer{s + 1}.{b}"
-      for i in (1, 2, 3):
+      for i in convs:
         found += conv_bn(
           f"{here}/conv{i}", f"{there}.conv{i}", f"{there}.bn{i}"
         )
