@@ -91,7 +91,7 @@ def randomise(module, image, mask):
       values = inputs[0].transpose(0, 1).flatten(1)
       m.running_mean.copy_(values.mean(1))
       normal(m.running_mean, m.running_mean, 0.1)
-      m.running_var.copy_(values.var(1) * (0.7 + 0.6 * torch.rand(1)))
+      m.running_var.copy_(values.var(1) * (0.7 + 0.6 * torch.rand(1, generator=rng)))
 
     hooks = []
     for name, m in norms:
@@ -159,10 +159,15 @@ def run_torch(module, image, mask=None):
 
 
 def error_of(key, got, want):
-  """The largest, relative to the spread over queries."""
+  """The mean, or the largest if no mask, relative to the spread over queries.
+
+  A few pixels of masks are ill-conditioned, where a GroupNorm of two channels
+  sees hardly any variance.
+  """
   spread = want.std(1 if key == "masks" else 2).mean()
   assert spread > 1e-3, f"{key} hardly depend on the query: {spread:.1e}"
-  return np.abs(got - want).max() / spread
+  error = np.abs(got - want)
+  return (error.mean() if key == "masks" else error.max()) / spread
 
 
 @pytest.mark.parametrize(
@@ -193,8 +198,7 @@ def test_all_layers_on_a_padded_batch(variant):
   limits = {k: 3 * error_of(k, single[k], want[k]) for k in want}
   for k in want:
     assert got[k].shape == want[k].shape
-    # Of a mask the worst of 9,000 pixels, which hardly differ by the query.
-    assert limits[k] < (0.03 if k == "masks" else 1e-3)
+    assert limits[k] < 1e-3
     assert error_of(k, got[k], want[k]) < limits[k], k
 
   inert = apply(make(variant), variables, jnp.asarray(image), jnp.asarray(mask))

@@ -133,10 +133,10 @@ def convolve(
 class MaskHead(nn.Module):
   """Attention maps to masks at 1/4 of the image, each query on its own.
 
-  All convolutions but the first run once for each query: of R50 with 100
-  queries that is two thirds of all products, and at 800 x 1066 pixels training
-  keeps some 20 MB a query and image. `chunk` queries at once, recomputed in the
-  backward pass, keep that for so many only.
+  Each query has maps of its own: of R50 with 100 queries these are more than
+  half of all products, and training at 800 x 1066 pixels holds 47 MB for each
+  query and image in float32. `chunk` queries at once, recomputed in the
+  backward pass, hold that for so many only.
 
   The first convolution reads the image's map and the query's: it is the sum of
   two, and that of the image is computed once.
