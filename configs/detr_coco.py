@@ -86,7 +86,7 @@ def pretrain(c, a):
   c.task = dict(name="classification", loss_name="softmax")
   c.task.mean, c.task.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
   c.model = dict(name="resnet", variant="local")
-  c.total_steps = a.steps or 2400
+  c.total_steps = a.steps or 2000
   c.batch_size = 32
   c.data.ops = c.data.eval_ops = "decode|resize(40)"
   c.optim.lr = 2e-3
@@ -117,8 +117,8 @@ def detector(c, a, model=None, task=None):
     )
   if a.init:
     c.init_from, c.init_into = a.init, "backbone"
-    # A classifier's BatchNorms become constants, and its head goes.
-    c.init_resize = ("frozen", "head")
+    # A classifier's head goes, and its BatchNorms become constants.
+    c.init_resize = ("head",) if a.size == "local" else ("head", "frozen")
   if a.tune:
     _tune(c, a)
   c.evals.val = dict(
@@ -130,10 +130,13 @@ def detector(c, a, model=None, task=None):
 
 
 def _backbone(size):
-  """Its BatchNorms are those of the classification, and stay so."""
+  """Its BatchNorms stay those of the classification, but for the local size."""
   variant, _, rest = size.partition("-")
   return dict(
-    name="resnet", variant=variant, frozen=True, dilation=rest.startswith("DC5")
+    name="resnet",
+    variant=variant,
+    frozen=size != "local",
+    dilation=rest.startswith("DC5"),
   )
 
 
@@ -145,10 +148,12 @@ def _local(c, a):
   )
   if not (a.init or a.tune):
     c.notice += " Its backbone is fresh, which takes several times longer."
-  c.total_steps = a.steps or 3000
+  c.total_steps = a.steps or 3500
   c.batch_size = 16
+  c.ema_decay = 0.998
   c.model.num_queries = a.queries or 12
-  # As small and brief as it is, it learns faster so.
+  # As small and brief as it is, it learns faster so; and with BatchNorms that
+  # go on learning, since its pictures fill their canvas.
   c.model.pre_norm = True
   c.model.dropout = c.model.attention_dropout = 0.0
   c.model.temperature, c.model.scale = 100.0, 8 * math.pi

@@ -91,7 +91,9 @@ def randomise(module, image, mask):
       values = inputs[0].transpose(0, 1).flatten(1)
       m.running_mean.copy_(values.mean(1))
       normal(m.running_mean, m.running_mean, 0.1)
-      m.running_var.copy_(values.var(1) * (0.7 + 0.6 * torch.rand(1, generator=rng)))
+      m.running_var.copy_(
+        values.var(1) * (0.7 + 0.6 * torch.rand(1, generator=rng))
+      )
 
     hooks = []
     for name, m in norms:
