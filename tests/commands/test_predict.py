@@ -218,11 +218,11 @@ def test_refusals(packed, tmp_path, images, capsys):
   empty = tmp_path / "empty"
   empty.mkdir()
   other = tmp_path / "other"
-  config = dict(task=dict(name="detection"))
+  config = dict(task=dict(name="contrastive"))
   record.record_run(other, json.dumps(config), {"label_names": []})
   for argv, sentence in (
     ((empty, images), "is not a run folder: it has no run.json"),
-    ((other, images), "is 'detection'"),
+    ((other, images), "is 'contrastive'"),
     ((packed[0], empty), "holds no image (.jpg"),
     ((packed[0], images, "--step", "8"), "no checkpoint 8"),
     ((packed[0], images, "--tokens", "24"), "do not fit rows of 23"),
