@@ -1,13 +1,15 @@
 """The program on hand-made COCO files: trains, scores, finds, draws."""
 
+import functools
 import json
 
 import coco_files
+import jax
 import numpy as np
 import pytest
 
 from big_vision_like import __main__ as command_line
-from big_vision_like import train
+from big_vision_like import sharding, train
 from big_vision_like.models import resnet
 from configs import common
 
@@ -18,8 +20,10 @@ SMALL = dict(width=16, heads=2, mlp=24, encoder_depth=1, decoder_depth=2)
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
-  """A ResNet that compiles fast; its map is 1/8 of the image's sides."""
+  """What compiles fast: one device, and a ResNet with a map at 1/8."""
+  one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "make_mesh", one)
     patch.setitem(resnet.VARIANTS, "tiny", dict(stages=(1, 1), width=8))
     yield
 

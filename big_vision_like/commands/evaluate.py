@@ -4,6 +4,8 @@
   evaluate --run runs/NAME --evaluator attention_similarity
   evaluate --run runs/vit_b16 --evaluator head_similarity \\
       --data folder:/path/to/photos --set images=64
+  evaluate --run runs/detr_r50 --evaluator coco \\
+      --data coco:/coco --source raw_ids=True
 
 An evaluator is an entry of the run's config.evals, with its settings, or a file
 in evaluators/. Its tables and pictures, and scores.json, go into the folder
@@ -12,6 +14,7 @@ evaluations/ of the run.
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--static", nargs="+", default=(), metavar="KEY=VALUE", help="of the model"
   )
   add("--data", metavar="SPEC", help="as in configs; without, the run's")
+  add("--source", nargs="+", default=(), metavar="KEY=VALUE", help="of --data")
   add("--split", help="train or validation")
   add("--limit", type=int, metavar="N", help="images, if not a setting of it")
   add("--tokens", type=int, metavar="N", help="most tokens of a packed image")
@@ -58,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
     {args.evaluator: entry},
     folder,
     data=args.data,
+    source=predict.settings(args.source),
     batch_size=batch_size,
   )
   width = max(map(len, scores), default=0)
@@ -89,6 +94,7 @@ def evaluate(
   *,
   data: str | None,
   batch_size: int,
+  source: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
   """The scores of evaluations, as training gives them.
 
@@ -98,11 +104,12 @@ def evaluate(
     folder: for their tables and pictures.
     data: a source as configs name it; None: the run's.
     batch_size: rows, made up to whole shares of the devices.
+    source: further settings of the source, such as raw_ids of COCO.
 
   Raises:
     ValueError: if no data is named, and the run has none.
   """
-  parts = _parts(run, evals, data, batch_size)
+  parts = _parts(run, evals, data, batch_size, dict(source or {}))
   everywhere = sharding.replicated(parts.mesh)
   state = jax.device_put(run.state(), everywhere)
   shardings = jax.tree.map(lambda _: everywhere, state)
@@ -117,7 +124,7 @@ def evaluate(
   return scores
 
 
-def _parts(run, evals, data, batch_size) -> build.Parts:
+def _parts(run, evals, data, batch_size, source) -> build.Parts:
   config = run.config.to_dict()
   mesh = sharding.make_mesh({"data": -1})
   config["batch_size"] = -(-batch_size // mesh.size) * mesh.size
@@ -126,6 +133,7 @@ def _parts(run, evals, data, batch_size) -> build.Parts:
   config["data"] = {**unset, **_DATA, **config["data"]}
   if data is not None:
     config["data"]["source"] = sources.settings(data)
+  config["data"].get("source", {}).update(source)
   if "source" not in config["data"]:
     raise ValueError(
       "An imported model does not say on which images to run it: give --data, "
