@@ -33,6 +33,7 @@ CONFIGS = sorted(
 )
 # Convolutional networks, of whose many kinds of layers each compiles.
 LONG = {
+  "detr_coco",
   "detr_coco_panoptic",
   "efficientvit_i1k",
   "mobilevit_i1k",
@@ -48,8 +49,12 @@ def tiny(arg: str = "", module=navit_jft, **changes):
     c.batch_size = 8
     c.log_every = 1
     small = dict(width=24, depth=2, mlp=32, heads=2)
-    if c.model.name in ("vit", "navit"):
+    if c.model.name in ("vit", "navit", "flexivit"):
       c.model.sizes = small
+    if c.model.name == "deepvit":
+      c.model.sizes = dict(small, mixing=1)
+    if "grid" in c.static:
+      c.static.grid = c.static.grid[:2]
     if c.model.name == "detr":
       c.model.sizes = dict(width=24, mlp=32, heads=2, encoder_depth=1)
     if c.model.name == "two_towers":
@@ -434,7 +439,8 @@ def config_of(task):
     return distillation()
   for name in CONFIGS:
     c = tiny("", importlib.import_module(f"configs.{name}"))
-    if c.task.name == task and name not in {"deepvit_i1k", *LONG}:
+    short = name in ("detr_coco", *set(CONFIGS) - LONG - {"deepvit_i1k"})
+    if c.task.name == task and short:
       return c
   raise AssertionError(f"no config trains the task {task}")
 
