@@ -175,7 +175,7 @@ def _paper(c, a):
   c.data.eval_ops = "decode|detr_resize(800, 1333)"
   c.data.objects = dict(
     canvases=(
-      *((608, 1088), (1088, 608), (800, 1088), (1088, 800)),
+      *((608, 1088), (1088, 608)),
       *((800, 1344), (1344, 800), (1344, 1344)),
     ),
     max_objects=c.model.num_queries,
