@@ -34,7 +34,11 @@ from big_vision_like.models.layers.encoder_decoder import (
   LayerConfig,
   uniform_bias,
 )
-from big_vision_like.models.layers.mask_head import AttentionMaps, MaskHead
+from big_vision_like.models.layers.mask_head import (
+  AttentionMaps,
+  MaskHead,
+  wide,
+)
 from big_vision_like.models.layers.resize import nearest
 
 _SIZE = dict(width=256, heads=8, mlp=2048, encoder_depth=6, decoder_depth=6)
@@ -89,7 +93,7 @@ def sine_positions(
   slower = temperature ** (2 * (jnp.arange(half) // 2) / half)
 
   def features(axis):
-    count = jnp.cumsum(mask, axis, dtype=jnp.float32)
+    count = jnp.cumsum(mask, axis, dtype=float)
     last = jax.lax.slice_in_dim(count, mask.shape[axis] - 1, None, axis=axis)
     phase = (count / (last + 1e-6) * scale)[..., None] / slower
     return jnp.where(jnp.arange(half) % 2, jnp.cos(phase), jnp.sin(phase))
@@ -332,8 +336,8 @@ class DETR(nn.Module):
       mask, x.shape[-1], temperature=self.temperature, scale=self.scale
     )
 
-  def dense(self, features, name, dtype="float32"):
-    """A dense layer as torch starts it, by fan in."""
+  def dense(self, features, name, dtype=None):
+    """A dense layer as torch starts it, by fan in; float32 unless given."""
 
     def uniform(key, shape, dtype=jnp.float32):
       return uniform_bias(shape[0])(key, shape, dtype)
@@ -343,7 +347,7 @@ class DETR(nn.Module):
         features,
         kernel_init=uniform,
         bias_init=uniform_bias(x.shape[-1]),
-        dtype=dtype,
+        dtype=dtype or wide(self.dtype),
         dot_general=tokens_dot_general,
         name=name,
       )(x)

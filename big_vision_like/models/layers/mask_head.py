@@ -7,6 +7,7 @@ facebookresearch/detr @ 29901c5, `models/segmentation.py`.
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,11 @@ from big_vision_like.models.layers.resize import nearest, visible
 GROUPS = 8
 # Finite, so that no softmax ever sees a row of -inf.
 _LOWEST = -1e30
+
+
+def wide(dtype: Any) -> Any:
+  """float32, or float64 for a model that computes in it."""
+  return jnp.promote_types(dtype, jnp.float32)
 
 
 class AttentionMaps(nn.Module):
@@ -100,11 +106,11 @@ def group_norm(
   the most that they divide into and that divide these.
   """
   groups = math.gcd(groups, x.shape[-1])
-  y = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
-  weight = jnp.ones((1, 1, *x.shape[2:4], 1, 1))
+  y = x.astype(wide(x.dtype)).reshape(*x.shape[:-1], groups, -1)
+  weight = jnp.ones((1, 1, *x.shape[2:4], 1, 1), y.dtype)
   if pixel_mask is not None:
     inside = nearest(pixel_mask[..., None], x.shape[2:4])
-    weight = inside[:, None, ..., None].astype(jnp.float32)
+    weight = inside[:, None, ..., None].astype(y.dtype)
   count = jnp.maximum(weight.sum((2, 3, 5), keepdims=True) * y.shape[-1], 1)
 
   def mean(y):
@@ -168,9 +174,9 @@ class MaskHead(nn.Module):
       pixel_mask: where there is an image; what lies outside changes nothing
         then, and the masks repeat their borders there. None: all is image.
     """
-    width, wide = x.shape[-1], x.shape[-1] + maps.shape[-1]
-    widths = [wide, *(width // 2 ** (i + 1) for i in range(len(finer) + 1))]
-    kernel, bias = _Weights((3, 3, wide, wide), name="conv1")()
+    width, joint = x.shape[-1], x.shape[-1] + maps.shape[-1]
+    widths = [joint, *(width // 2 ** (i + 1) for i in range(len(finer) + 1))]
+    kernel, bias = _Weights((3, 3, joint, joint), name="conv1")()
     of_image, of_query = jnp.split(kernel, [width], axis=2)
     base = convolve(visible(x.astype(self.dtype), pixel_mask), of_image)
     base = base + bias.astype(self.dtype)
@@ -201,7 +207,7 @@ class MaskHead(nn.Module):
       for i, level in enumerate(levels):
         y = nearest(y, level.shape[1:3]) + level[:, None]
         y = normed(conv(y, *convs[i + 1]), i + 2)
-      return conv(y, *last)[..., 0].astype(jnp.float32)
+      return conv(y, *last)[..., 0].astype(wide(self.dtype))
 
     masks = refine(maps) if self.chunk is None else self.mapped(refine, maps)
     return masks if pixel_mask is None else _extended(masks, pixel_mask)
