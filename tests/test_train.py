@@ -130,6 +130,7 @@ def test_every_config_trains(name, tmp_path):
   assert np.isfinite(list(losses(tmp_path).values())).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["navit_jft", "navit_webli", "vit_jft"])
 def test_the_paper_s_recipe_trains(name, tmp_path):
   c = tiny("size=B/16", importlib.import_module(f"configs.{name}"))
