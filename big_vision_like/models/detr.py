@@ -1,7 +1,7 @@
 """DETR: objects as a set, read from an image by queries.
 
 Paper: Carion et al., arXiv 2005.12872. Reference: facebookresearch/detr @
-29901c5. The losses are in losses/detection.py, the task is detection.
+29901c5. The task is detection, its losses are set_prediction.py and masks.py.
 Parameters, with 91 classes and without the constants of frozen BatchNorms: R50
 and R50-DC5 41,524,768, R101 and R101-DC5 60,464,672; R50-panoptic, with 250
 classes, 42,899,288. The paper counts those that it trains: all but the stem's
