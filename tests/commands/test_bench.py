@@ -160,6 +160,7 @@ def test_padding_counts_what_the_loader_packs():
   assert 1 - fill <= 0.01
 
 
+@pytest.mark.slow
 def test_wait_table_reads_a_real_run():
   table = wait.run(
     config=f"{wait.CONFIG}:steps=4", steps=4, every=2, batch_size=8

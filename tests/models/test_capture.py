@@ -196,6 +196,7 @@ def test_deepvit_before_and_after_mixing():
   np.testing.assert_allclose(maps[2][1][:, 0], mixed, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_efficientvit_windows_and_heads():
   # Maps of 8 x 8 pixels: four windows of 7 x 7, padded.
   sizes = dict(
@@ -232,6 +233,7 @@ def test_efficientvit_windows_and_heads():
     np.testing.assert_allclose(got, plain.softmax(scores), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mobilevit_has_a_sequence_for_each_phase():
   variables, maps, features, _ = lend(
     mobilevit.MobileViT("local", 5), stacked(64, rows=2)

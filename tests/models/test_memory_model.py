@@ -310,6 +310,7 @@ def trained(model, *, frozen):
   )
 
 
+@pytest.mark.slow
 def test_the_frozen_backbone_costs_no_gradient():
   """It stays, has no gradient, no state, and no product of a backward pass."""
   model = model_of("vit", dict(a=A), head=None)

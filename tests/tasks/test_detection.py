@@ -220,6 +220,7 @@ def test_what_is_no_number_surfaces():
     assert not np.isfinite(grade(out, data)[0]), name
 
 
+@pytest.mark.slow
 def test_devices_change_nothing_and_exchange_sums():
   outputs, batch = make_outputs(rows=16), make_batch(rows=16)
   want = grade(outputs, batch)

@@ -151,6 +151,7 @@ def started():
   return state, jax.jit(step, static_argnums=2)
 
 
+@pytest.mark.slow
 def test_training_moves_the_student_and_not_the_teacher():
   state, step = started()
   batch = batch_of(side=16)
