@@ -114,7 +114,7 @@ def test_panoptic_scenes_have_their_photograph_as_the_last_object():
   words = [p[2] for p in digit_scenes.PHOTOS]
   assert source.is_thing == (True,) * 10 + (False,) * len(words)
   assert plain.is_thing is None
-  assert (plain.max_objects, source.max_objects) == (4, 5)
+  assert (plain.max_objects, source.max_objects) == (3, 4)
   for i in range(30):
     want, got = plain[i], source[i]
     count, found = len(want["objects"]["label"]), got["objects"]
