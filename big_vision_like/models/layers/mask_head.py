@@ -56,7 +56,9 @@ class AttentionMaps(nn.Module):
 
     q, k = project("query", query), project("key", memory)
     q = q * q.shape[-1] ** -0.5
-    s = jnp.einsum("bqkd,bnkd->bqnk", q, k, preferred_element_type=jnp.float32)
+    s = jnp.einsum(
+      "bqkd,bnkd->bqnk", q, k, preferred_element_type=wide(self.dtype)
+    )
     if mask is not None:
       s = jnp.where(mask[:, None, :, None], s, _LOWEST)
     p = jnp.exp(s - jax.lax.stop_gradient(s.max((2, 3), keepdims=True)))
