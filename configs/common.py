@@ -72,7 +72,7 @@ def base() -> ConfigDict:
   c.data.text = None
   # Boxes in the place of labels, for stacked training of images of all sizes:
   # canvases, a list of (height, width) of which each batch takes the smallest
-  # that holds it (one compile each), max_objects and masks, see
+  # that holds it (one compile each), max_objects, masks and window, see
   # data/objects.py. None reads labels.
   c.data.objects = None
   # Worker processes (0: none) and reading threads, batches read ahead.

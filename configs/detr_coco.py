@@ -61,15 +61,14 @@ def get_config(arg=None):
   common.check_size(a.size, _SIZES, "configs/detr_coco.py")
   c = common.base()
   with c.unlocked():
-    c.optim.wd = 1e-4
-    # Norms, biases and queries decay as well.
-    c.optim.wd_mults = ((".*", 1.0),)
     if a.pretrain:
       pretrain(c, a)
       return c.lock()
-    c.data.source = sources.settings(a.data or "digit_scenes:photo_boxes")
-    detector(c, a)
-    c.evals.val.name = "coco"
+    data = a.data or "digit_scenes:photo_boxes"
+    detector(c, a, data, "configs/detr_coco.py")
+    if a.tune:
+      _tune(c, a)
+    validate(c, a, "coco")
   return c.lock()
 
 
@@ -90,39 +89,51 @@ def pretrain(c, a):
   c.batch_size = 32
   c.data.ops = c.data.eval_ops = "decode|resize(40)"
   c.optim.lr = 2e-3
+  c.optim.wd = 1e-4
+  c.optim.wd_mults = ((".*", 1.0),)
   c.optim.schedule = dict(name="cosine", warmup=0.1)
   common.validate(c, limit=1000)
 
 
-def detector(c, a, model=None, task=None):
-  """Model, task, recipe and evaluation of a detector; c.evals.val has no name.
-
-  `model` and `task` are settings beside those of a size.
-  """
-  c.task = dict(name="detection", **(task or {}))
+def detector(c, a, data, config):
+  """Data, model, task and recipe of a detector, for `config`."""
+  if a.init and a.tune:
+    raise ValueError(
+      "init= is for the backbone alone, tune= for all: give one."
+    )
+  c.data.source = sources.settings(data)
+  c.task = dict(name="detection")
   c.model = dict(
     name="detr",
     variant=a.size,
     num_queries=a.queries or 100,
     backbone=_backbone(a.size),
-    **(model or {}),
   )
+  c.optim.wd = 1e-4
+  # Norms, biases and queries decay as well.
+  c.optim.wd_mults = ((".*", 1.0),)
   if a.size == "local":
+    c.notice = (
+      f"This trains the local size of DETR on {data}; {config}:size=R50,"
+      "data=coco:PATH,init=... is the paper's run."
+    )
+    if not (a.init or a.tune):
+      c.notice += " Its backbone is fresh, which takes several times longer."
     _local(c, a)
   else:
     _paper(c, a)
-  if a.init and a.tune:
-    raise ValueError(
-      "init= is for the backbone alone, tune= for all: give one."
-    )
   if a.init:
     c.init_from, c.init_into = a.init, "backbone"
     # A classifier's head goes, and its BatchNorms become constants.
     c.init_resize = ("head",) if a.size == "local" else ("head", "frozen")
-  if a.tune:
-    _tune(c, a)
+
+
+def validate(c, a, evaluator):
+  """Scores five times in a run; call it when the length of the run is set."""
   c.evals.val = dict(
-    every=max(1, c.total_steps // 5), data=dict(split="validation")
+    name=evaluator,
+    every=max(1, c.total_steps // 5),
+    data=dict(split="validation"),
   )
   if a.size == "local":
     c.evals.val.data.limit = 500
@@ -141,13 +152,6 @@ def _backbone(size):
 
 
 def _local(c, a):
-  c.notice = (
-    "This trains the local size of DETR on "
-    f"{a.data or 'digit_scenes:photo_boxes'}; configs/detr_coco.py:size=R50,"
-    "data=coco:PATH,init=... is the paper's run."
-  )
-  if not (a.init or a.tune):
-    c.notice += " Its backbone is fresh, which takes several times longer."
   c.total_steps = a.steps or 3500
   c.batch_size = 16
   c.ema_decay = 0.998

@@ -17,7 +17,6 @@ The local size learns boxes and masks together. The authors' detector drops
 units while its mask head is trained, and so does this one.
 """
 
-from big_vision_like.data import sources
 from configs import common, detr_coco
 
 _SIZES = ("local", "R50", "R50-DC5", "R101")
@@ -31,26 +30,22 @@ def get_config(arg=None):
   common.check_size(a.size, _SIZES, "configs/detr_coco_panoptic.py")
   c = common.base()
   with c.unlocked():
-    c.data.source = sources.settings(
-      a.data or "digit_scenes:photo_boxes/panoptic"
-    )
+    data = a.data or "digit_scenes:photo_boxes/panoptic"
+    detr_coco.detector(c, a, data, "configs/detr_coco_panoptic.py")
+    c.model.masks = c.data.objects.masks = not a.boxes
     if c.data.source.name == "coco":
-      c.data.source.panoptic = True
-    c.optim.wd = 1e-4
-    c.optim.wd_mults = ((".*", 1.0),)
-    masks = not a.boxes
-    tune, a.tune = a.tune, ""
-    detr_coco.detector(c, a, model=dict(masks=masks))
-    c.data.objects.masks = masks
-    c.evals.val.name = "panoptic" if masks else "coco"
-    if tune:
-      _mask_head(c, a, tune)
+      c.data.source.panoptic, c.data.source.masks = True, not a.boxes
+    if a.tune:
+      _mask_head(c, a)
+    detr_coco.validate(c, a, "coco" if a.boxes else "panoptic")
   return c.lock()
 
 
-def _mask_head(c, a, tune):
-  """25 epochs of the mask head; nothing else moves."""
-  c.init_from = tune
+def _mask_head(c, a):
+  """25 epochs of the mask head; no other parameter moves."""
+  if a.boxes:
+    raise ValueError("tune= trains the mask head, which boxes=1 leaves out.")
+  c.init_from = a.tune
   c.init_skip = ("mask_(attn|head)/.*",)
   c.optim.frozen = ("(?!mask_(attn|head)/).*",)
   c.optim.schedule = dict(name="steps", drops=(0.6,))

@@ -8,7 +8,7 @@ import coco_files
 import numpy as np
 import pytest
 
-from big_vision_like import optim, trees
+from big_vision_like import build, optim, trees
 from big_vision_like.data import sources
 from configs import (
   common,
@@ -188,12 +188,36 @@ def test_the_steps_of_a_fine_tuning_grow_with_the_data(tmp_path):
   assert few.init_skip == ("class_head/.*",)
 
 
+def test_panoptic_files_are_read_with_their_masks(tmp_path):
+  for split in ("train", "val"):
+    coco_files.instances(tmp_path, split)
+    coco_files.panoptic(tmp_path, split, count=7)
+  arg = f"size=R50,data=coco:{tmp_path}"
+  for boxes, masks in ((0, True), (1, False)):
+    c = detr_coco_panoptic.get_config(f"{arg},boxes={boxes}")
+    example = build.make_source(c, "train")[0]
+    assert ("instance_mask" in example) == c.data.objects.masks == masks
+    assert "configs/detr_coco.py" not in c.notice
+
+
+def test_notices_name_their_own_config():
+  c = detr_coco_panoptic.get_config("tune=runs/boxes")
+  assert "configs/detr_coco_panoptic.py:size=R50" in c.notice
+  assert "fresh" not in c.notice
+  assert "fresh" in detr_coco.get_config().notice
+
+
 def test_the_mask_head_is_trained_alone():
   c = detr_coco_panoptic.get_config("size=R50,tune=runs/boxes")
   (frozen,) = c.optim.frozen
   names = ("backbone/a", "query_embed", "mask_attn/q", "mask_head/gn1/scale")
   assert [bool(re.fullmatch(frozen, x)) for x in names] == [1, 1, 0, 0]
   assert c.total_steps == 25 * 118_287 // 64
+  # Intervals are those of this run, not of the detector's.
+  assert c.evals.val.every == c.total_steps // 5
+  assert c.checkpoint.every == c.total_steps // 10
+  with pytest.raises(ValueError, match="which boxes=1 leaves out"):
+    detr_coco_panoptic.get_config("tune=runs/boxes,boxes=1")
   boxes = detr_coco_panoptic.get_config("size=R50,boxes=1")
   assert not boxes.model.masks
   assert not boxes.data.objects.masks

@@ -131,7 +131,7 @@ def test_every_config_trains(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["navit_webli", "vit_jft"])
+@pytest.mark.parametrize("name", ["navit_jft", "navit_webli", "vit_jft"])
 def test_the_paper_s_recipe_trains(name, tmp_path):
   c = tiny("size=B/16", importlib.import_module(f"configs.{name}"))
   c.total_steps = 2

@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     "--static", nargs="+", default=(), metavar="KEY=VALUE", help="of the model"
   )
   add("--data", metavar="SPEC", help="as in configs; without, the run's")
-  add("--source", nargs="+", default=(), metavar="KEY=VALUE", help="of --data")
+  add(
+    "--source", nargs="+", default=(), metavar="KEY=VALUE", help="of the data"
+  )
   add("--split", help="train or validation")
   add("--limit", type=int, metavar="N", help="images, if not a setting of it")
   add("--tokens", type=int, metavar="N", help="most tokens of a packed image")

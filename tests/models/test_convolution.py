@@ -38,6 +38,20 @@ def test_taps_are_the_grouped_convolution(
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.parametrize("hw", [(7, 12), (8, 5)])
+def test_a_pool_of_taps_is_the_pool(hw):
+  """Its gradient too, where the values of a window differ."""
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *hw, 3)))
+  pads = ((1, 1), (1, 1))
+  theirs = lambda x: nn.max_pool(x, (3, 3), strides=(2, 2), padding=pads)
+  ours = lambda x: convolution.max_pool(x, 3, stride=2, padding=1)
+  np.testing.assert_array_equal(ours(x), theirs(x))
+  weights = np.random.default_rng(1).normal(size=theirs(x).shape)
+  loss = lambda x, pool: (pool(x) * weights).sum()
+  grads = [jax.grad(loss)(x, pool) for pool in (ours, theirs)]
+  np.testing.assert_allclose(*grads, rtol=1e-6, atol=1e-6)
+
+
 def test_running_statistics_move_as_torchs_do():
   x = normal(3, 4, 5, 7) * 2 + 1
   norm = BatchNorm(momentum=0.3)
