@@ -167,7 +167,7 @@ def _local(c, a):
   c.data.objects = dict(canvases=((64, 64),), max_objects=c.model.num_queries)
   c.optim.lr = 1e-3
   c.optim.clip = 0.5
-  c.optim.schedule = dict(name="constant", warmup=200, cooldown=0.3)
+  c.optim.schedule = dict(name="constant", warmup=0.06, cooldown=0.3)
 
 
 def _paper(c, a):
