@@ -1,17 +1,21 @@
 """Keeps freed memory in the process, for steps that are computed on a CPU.
 
 glibc hands large buffers back to the system as they are freed, and a CPU step
-frees all of its activations: the next one then faults every page in again. At
-the shapes of `bench step` that was a quarter of the CPU time of a step.
+frees all of its activations: the next one then faults every page in again,
+which took a third of the time of a small ViT's step. Only the main thread's
+arena can be told to keep them, so the main thread runs the steps. One arena for
+all threads is no way out: convolutions, whose threads allocate all the time,
+took twice as long.
 """
 
 import ctypes
 import glob
 import sys
 
+import jax
+
 # Of glibc's malloc.h: parameter, value.
 _OPTIONS = (
-  (-8, 1),  # M_ARENA_MAX: other arenas give their memory back regardless
   (-3, 1 << 30),  # M_MMAP_THRESHOLD
   (-1, (1 << 31) - 1),  # M_TRIM_THRESHOLD
   (-2, 64 << 20),  # M_TOP_PAD
@@ -30,4 +34,5 @@ def keep_freed_memory() -> bool:
   libc = ctypes.CDLL(None)
   if not hasattr(libc, "gnu_get_libc_version"):
     return False
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   return all([libc.mallopt(key, value) for key, value in _OPTIONS])

@@ -18,10 +18,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax._src import distributed
 
 # Where the processes say that they are there, before they are connected.
@@ -119,6 +121,28 @@ def agree(
     raise ValueError(
       _difference(subject, other, *(json.loads(both[i]) for i in (0, other)))
     )
+
+
+def connect(mesh: jax.sharding.Mesh) -> None:
+  """Connects the groups of CPU devices that the axes of the mesh make.
+
+  gloo connects a group when a program first needs it, and gives up on a peer
+  that comes 30 seconds later, as it does where compiling takes longer than
+  elsewhere. All processes call this right after `agree`, while they are
+  together. Other backends wait for longer.
+  """
+  if not jax.distributed.is_initialized() or jax.default_backend() != "cpu":
+    return
+  axes = [axis for axis, size in mesh.shape.items() if size > 1]
+  groups = [g for n in range(len(axes)) for g in combinations(axes, n + 1)]
+  spec = jax.sharding.PartitionSpec(tuple(axes))
+
+  @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+  def add(x):
+    return [jax.lax.psum(x, group) for group in groups]
+
+  zeros = jnp.zeros(mesh.size)
+  jax.block_until_ready(jax.jit(add)(zeros))
 
 
 @contextlib.contextmanager

@@ -115,6 +115,7 @@ class _Run:
     identity = parts.identity
     checkpoint.check_same_tokenizer(folder, identity["tokenizer"])
     processes.agree({"devices": record.local_devices(), "data": identity})
+    processes.connect(parts.mesh)
     record.record_run(
       folder,
       config.to_json_best_effort(),

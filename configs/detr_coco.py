@@ -85,10 +85,10 @@ def pretrain(c, a):
   c.task = dict(name="classification", loss_name="softmax")
   c.task.mean, c.task.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
   c.model = dict(name="resnet", variant="local")
-  c.total_steps = a.steps or 2000
-  c.batch_size = 32
+  c.total_steps = a.steps or 6000
+  c.batch_size = 16
   c.data.ops = c.data.eval_ops = "decode|resize(40)"
-  c.optim.lr = 2e-3
+  c.optim.lr = 1.5e-3
   c.optim.wd = 1e-4
   c.optim.wd_mults = ((".*", 1.0),)
   c.optim.schedule = dict(name="cosine", warmup=0.1)
@@ -152,9 +152,9 @@ def _backbone(size):
 
 
 def _local(c, a):
-  c.total_steps = a.steps or 3500
-  c.batch_size = 16
-  c.ema_decay = 0.998
+  c.total_steps = a.steps or 11_000
+  c.batch_size = 8
+  c.ema_decay = 0.999
   c.model.num_queries = a.queries or 12
   # As small and brief as it is, it learns faster so; and with BatchNorms that
   # go on learning, since its pictures fill their canvas.
@@ -165,9 +165,9 @@ def _local(c, a):
   c.model.scan = False
   c.data.ops = c.data.eval_ops = "decode|resize(64)"
   c.data.objects = dict(canvases=((64, 64),), max_objects=c.model.num_queries)
-  c.optim.lr = 1e-3
+  c.optim.lr = 7e-4
   c.optim.clip = 0.5
-  c.optim.schedule = dict(name="constant", warmup=0.06, cooldown=0.3)
+  c.optim.schedule = dict(name="constant", warmup=0.04, cooldown=0.5)
 
 
 def _paper(c, a):

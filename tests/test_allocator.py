@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-CODE = """
+ARRAYS = """
 import resource, sys
 import numpy as np
 from big_vision_like import allocator
@@ -22,11 +22,49 @@ faults()  # grows the heap once
 print(done, usual, faults())
 """
 
+# 96 MB each, which no arena but the main one keeps.
+STEPS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from big_vision_like import allocator
+
+def faults(step, x):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  for _ in range(4):
+    jax.block_until_ready(step(x))
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+done = sys.argv[1] == "usual" or allocator.keep_freed_memory()
+w = jnp.eye(8)
+step = jax.jit(lambda x: jnp.tanh(x @ w))
+x = jnp.ones((3 << 20, 8))
+faults(step, x)
+print(done, faults(step, x))
+"""
+
+
+def test_a_step_touches_no_new_pages():
+  counts = {}
+  for mode in ("usual", "kept"):
+    done, count = run(STEPS, mode)
+    counts[mode] = int(count)
+  if done == "False":
+    pytest.skip("an accelerator is present, or the C library is not glibc")
+  assert counts["usual"] > 100
+  assert counts["kept"] < counts["usual"] / 10
+
+
+def run(code, *argv):
+  return subprocess.run(
+    [sys.executable, "-c", code, *argv],
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout.split()
+
 
 def test_freed_memory_is_used_again():
-  out = subprocess.run(
-    [sys.executable, "-c", CODE], capture_output=True, text=True, check=True
-  ).stdout.split()
+  out = run(ARRAYS)
   if out[0] == "False":
     pytest.skip("an accelerator is present, or the C library is not glibc")
   usual, kept = int(out[1]), int(out[2])

@@ -187,7 +187,7 @@ LAYOUTS = {"detr": detr, "hf": hf, "hf_modules": hf_modules}
 # Some files keep the counters of BatchNorms that were frozen.
 OTHER_PARTS = dict.fromkeys(LAYOUTS, r".*\.num_batches_tracked")
 # Of the outputs of a head, those that stand for no class.
-HEADS = {"params/class_head/bias": 1}
+CLASS_HEADS = {"params/class_head/bias": 1}
 _IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 _COCO = dict(_IMAGENET, size=800, longest=1333)
 PREPROCESS = {layout: _COCO for layout in LAYOUTS}

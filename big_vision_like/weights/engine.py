@@ -32,8 +32,8 @@ from big_vision_like.models.layers.encoder import stack_blocks, unstack_blocks
 
 Tensors = dict[str, np.ndarray]
 # Where models have a number for each class -> numbers that are for no class;
-# HEADS of weights/<model>.py has more of them.
-_HEADS = {"params/head/bias": 0, "params/head/linear/bias": 0}
+# CLASS_HEADS of weights/<model>.py has more of them.
+_CLASS_HEADS = {"params/head/bias": 0, "params/head/linear/bias": 0}
 # The parameters in the checkpoints of big_vision's trainers, new and old.
 _NPZ_WRAPPERS = ("params/", "opt/target/")
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
@@ -457,7 +457,7 @@ def count_classes(
 
   `model` is any of the right variant that has a head.
   """
-  heads = {**_HEADS, **table(name, "HEADS")}
+  heads = {**_CLASS_HEADS, **table(name, "CLASS_HEADS")}
   for rule in layouts(name)[layout](model):
     for path in heads.keys() & set(rule.ours):
       if set(rule.theirs) <= set(tensors):
