@@ -1,20 +1,24 @@
 """Panoptic DETR on COCO: things and stuff (arXiv 2005.12872, section 4.4).
 
   python launch.py --config configs/detr_coco.py:pretrain=1 --workdir runs/net
-  python launch.py --config configs/detr_coco_panoptic.py:init=runs/net
-    A small one for digits, the things, on photographs, the stuff: minutes on
-    two CPU cores.
+  python launch.py \\
+      --config configs/detr_coco_panoptic.py:boxes=1,init=runs/net \\
+      --workdir runs/boxes
+  python launch.py --config configs/detr_coco_panoptic.py:tune=runs/boxes
+    A small one for digits, the things, on photographs, the stuff, in the two
+    steps of the paper: boxes of both, then the mask head alone. Minutes on two
+    CPU cores.
   python launch.py \\
       --config configs/detr_coco_panoptic.py:size=R50,data=coco:/coco,tune=RUN
-    The paper's second step: the mask head alone, on a detector that was trained
-    on the boxes of the same things and stuff (boxes=1), for 25 epochs.
+    The same on COCO, from a run of size=R50,boxes=1: 25 epochs.
 
 Arguments: size (local, R50, R50-DC5, R101), data, init, tune, queries and steps
 as in configs/detr_coco.py; boxes=1 leaves the mask head out.
 
 Figures (Table 5): PQ 43.4 (R50), 44.6 (R50-DC5), 45.1 (R101).
-The local size learns boxes and masks together. The authors' detector drops
-units while its mask head is trained, and so does this one.
+Without tune= and boxes=1, boxes and masks are learned together, which the paper
+finds as good. The authors' detector drops units while its mask head is trained,
+and so does this one.
 """
 
 from configs import common, detr_coco
@@ -42,11 +46,13 @@ def get_config(arg=None):
 
 
 def _mask_head(c, a):
-  """25 epochs of the mask head; no other parameter moves."""
+  """25 epochs of the mask head; nothing else moves."""
   if a.boxes:
     raise ValueError("tune= trains the mask head, which boxes=1 leaves out.")
   c.init_from = a.tune
   c.init_skip = ("mask_(attn|head)/.*",)
+  c.model.backbone.frozen, c.init_resize = True, ("frozen",)
   c.optim.frozen = ("(?!mask_(attn|head)/).*",)
   c.optim.schedule = dict(name="steps", drops=(0.6,))
-  c.total_steps = a.steps or 25 * _IMAGES // c.batch_size
+  local = a.size == "local"
+  c.total_steps = a.steps or (2000 if local else 25 * _IMAGES // c.batch_size)

@@ -213,6 +213,7 @@ def test_the_mask_head_is_trained_alone():
   names = ("backbone/a", "query_embed", "mask_attn/q", "mask_head/gn1/scale")
   assert [bool(re.fullmatch(frozen, x)) for x in names] == [1, 1, 0, 0]
   assert c.total_steps == 25 * 118_287 // 64
+  assert (c.model.backbone.frozen, c.init_resize) == (True, ("frozen",))
   # Intervals are those of this run, not of the detector's.
   assert c.evals.val.every == c.total_steps // 5
   assert c.checkpoint.every == c.total_steps // 10

@@ -247,4 +247,8 @@ def queries(model: models.DETR, variables: Tensors, shapes: Shapes) -> Tensors:
   return variables | {path: table}
 
 
-RESIZE: dict[str, Resize] = {"classes": classes, "queries": queries}
+RESIZE: dict[str, Resize] = {
+  "classes": classes,
+  "queries": queries,
+  "frozen": resnet.frozen_norms,
+}

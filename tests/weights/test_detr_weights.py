@@ -59,6 +59,29 @@ def test_queries_are_cut_or_drawn():
   assert got.dtype == np.float32
 
 
+def test_norms_that_a_run_has_trained_become_constants():
+  run, tuned = (
+    random_variables(
+      models.Model(
+        variant="local",
+        num_classes=2,
+        backbone=dict(name="resnet", variant="local", frozen=frozen),
+      )
+    )
+    for frozen in (False, True)
+  )
+  shapes = {k: x.shape for k, x in trees.flatten(tuned).items()}
+  got = trees.flatten(
+    engine.resize_ours(
+      run, name="detr", model=None, shapes=tuned, resize=("frozen",)
+    )
+  )
+  assert {k: x.shape for k, x in got.items()} == shapes
+  path = "/backbone/stem_bn/scale"
+  source = trees.flatten(run)[f"params{path}"]
+  np.testing.assert_array_equal(got[f"batch_stats{path}"], source)
+
+
 def test_what_layouts_have_no_place_for():
   backbone = dict(name="mobilevit", variant="XS")
   with pytest.raises(ValueError, match=r"stand on resnet, .* 'mobilevit'"):
@@ -68,7 +91,7 @@ def test_what_layouts_have_no_place_for():
     engine.export_weights(
       random_variables(model), name="detr", model=model, layout="hf"
     )
-  with pytest.raises(ValueError, match=r"can: classes, queries\."):
+  with pytest.raises(ValueError, match=r"can: classes, queries, frozen\."):
     engine.resize_ours(
       {}, name="detr", model=model, shapes={}, resize=("positions",)
     )
