@@ -88,7 +88,6 @@ def pretrain(c, a):
   c.total_steps = a.steps or 3500
   c.batch_size = 16
   c.data.ops = c.data.eval_ops = "decode|resize(40)"
-  c.data.workers = 1
   c.optim.lr = 1.5e-3
   c.optim.wd = 1e-4
   c.optim.wd_mults = ((".*", 1.0),)
@@ -153,7 +152,7 @@ def _backbone(size):
 
 
 def _local(c, a):
-  c.total_steps = a.steps or 12_000
+  c.total_steps = a.steps or 10_500
   c.batch_size = 8
   c.ema_decay = 0.999
   c.model.num_queries = a.queries or 12
@@ -165,8 +164,6 @@ def _local(c, a):
   # Within a scan, a CPU computes on one core.
   c.model.scan = False
   c.data.ops = c.data.eval_ops = "decode|resize(64)"
-  # Steps so short would wait for the interpreter that reads the pictures.
-  c.data.workers = 1
   c.data.objects = dict(canvases=((64, 64),), max_objects=c.model.num_queries)
   c.optim.lr = 7e-4
   c.optim.clip = 0.5

@@ -47,7 +47,7 @@ VARIANTS = {
     width=96,
     heads=4,
     mlp=192,
-    encoder_depth=2,
+    encoder_depth=1,
     decoder_depth=2,
     backbone="local",
   ),
