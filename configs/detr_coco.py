@@ -206,6 +206,8 @@ def _tune(c, a):
   c.data.objects.window = 1
   c.data.workers = 0
   c.optim.schedule = dict(name="steps", drops=(0.75,), warmup=0.02)
+  # So few steps that an average would lag behind.
+  c.ema_decay = 0.0
   if a.size == "local":
     c.optim.lr = 3e-4
   images = len(build.make_source(c, "train"))

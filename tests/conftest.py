@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = tempfile.TemporaryDirectory(prefix="big_vision_like_cache")
 os.environ["BIG_VISION_LIKE_CACHE"] = _CACHE.name
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes in the signatures of models and losses become checks, only in tests.
@@ -28,3 +30,10 @@ def pytest_configure():
     from big_vision_like.benchmarks import torchvision_ops
 
     torchvision_ops.declare()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+  """Those of a file are forgotten at its end: gigabytes otherwise."""
+  yield
+  jax.clear_caches()

@@ -305,11 +305,16 @@ def test_the_first_signal_is_a_wish_and_the_second_an_order(capfd):
 
 
 def test_ctrl_c_once_is_a_wish():
-  with observe.Interrupt() as interrupt:
-    os.kill(os.getpid(), signal.SIGINT)
-    assert interrupt.name == "SIGINT"
-  with pytest.raises(KeyboardInterrupt):
-    os.kill(os.getpid(), signal.SIGINT)
+  # A shell's background jobs, such as this may be one, ignore it.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with observe.Interrupt() as interrupt:
+      os.kill(os.getpid(), signal.SIGINT)
+      assert interrupt.name == "SIGINT"
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def test_of_several_processes_none_stops_by_itself(monkeypatch):

@@ -182,10 +182,14 @@ def test_timm_and_google(variant, name, depth, size, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("variant", "name", "size"),
-  [(v, n, size) for v, n, _, size in PLAIN + HYBRIDS if v in vit.PUBLISHED],
+  [
+    (v, n, size)
+    for v, n, _, size in PLAIN + HYBRIDS
+    if v in vit.PUBLISHED and v != "H/14"
+  ],
 )
 def test_all_layers_of_the_published_models(variant, name, size):
-  """H/14 needs 10 GB of memory."""
+  """But for H/14, of 10 GB of memory, whose first layers are compared above."""
   import torch
 
   depth = vit.row(variant)["depth"]

@@ -12,19 +12,24 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import assert_close, assert_same_run, losses, tiny
+from tiny_runs import (
+  assert_close,
+  assert_same_run,
+  losses,
+  skip_what_is_slow,
+  tiny,
+)
 
-from big_vision_like import checkpoint, pictures, train
+from big_vision_like import checkpoint, train
 from configs import vit_jft
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(straight, monkeypatch):
-  """Drawing takes seconds; the run of `straight` has drawn its pictures."""
-  for name in ("training_batch", "learning_curves"):
-    monkeypatch.setattr(pictures, name, lambda *args: None)
+def brief(straight, monkeypatch):
+  """Drawing and counting FLOPs take seconds; `straight` has done both."""
+  skip_what_is_slow(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +161,7 @@ def test_killed_or_stopped_from_outside_resumes_bitwise(tmp_path):
   ("mesh", "rules"),
   [
     (dict(data=8), "data"),
-    (dict(data=2, fsdp=4), "fsdp"),
+    pytest.param(dict(data=2, fsdp=4), "fsdp", marks=pytest.mark.slow),
     (dict(data=2, fsdp=2, tensor=2), "tensor"),
   ],
 )

@@ -6,10 +6,16 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from tiny_runs import assert_close, losses, params, tiny
+from tiny_runs import (
+  assert_close,
+  losses,
+  params,
+  skip_what_is_slow,
+  tiny,
+)
 
 from big_vision_like import __main__ as command_line
-from big_vision_like import build, checkpoint, pictures, resolve, train
+from big_vision_like import build, checkpoint, resolve, train
 from big_vision_like.models.layers import position_table
 from configs import memory_transfer, vit_i1k, vit_jft, vit_transfer
 
@@ -31,10 +37,8 @@ BY_LENGTH = [
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-  """Drawing takes seconds."""
-  for name in ("training_batch", "learning_curves"):
-    monkeypatch.setattr(pictures, name, lambda *args: None)
+def brief(monkeypatch):
+  skip_what_is_slow(monkeypatch)
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
@@ -80,12 +84,13 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
-def test_the_papers_step_is_a_program(name):
+def test_the_papers_step_is_a_program(name, monkeypatch):
   """Of the published size and batch: built and traced, not run."""
   module = importlib.import_module(f"configs.{name}")
   c = module.get_config(f"size={PAPERS[name]}")
   if c.data.objects is not None:  # Each canvas is traced.
     c.data.objects.canvases = c.data.objects.canvases[-1:]
+  monkeypatch.undo()
   parts = build.build(c)
   tx, _ = build.make_optimizer(parts)
   assert build.count_step_flops(parts, tx) > 5e11

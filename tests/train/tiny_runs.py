@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
-from big_vision_like import checkpoint
+from big_vision_like import build, checkpoint, pictures
 from configs import navit_jft
 
 
@@ -22,6 +22,8 @@ def tiny(arg: str = "", module=navit_jft, **changes):
       c.model.sizes = small
     if c.model.name == "deepvit":
       c.model.sizes = dict(small, mixing=1)
+    if c.model.name == "efficientvit":
+      c.model.sizes = dict(depths=(1, 1, 1))
     if "grid" in c.static:
       c.static.grid = c.static.grid[:2]
     if c.model.name == "detr":
@@ -41,6 +43,13 @@ def tiny(arg: str = "", module=navit_jft, **changes):
     for key, value in changes.items():
       c.update_from_flattened_dict({key: value})
   return c
+
+
+def skip_what_is_slow(monkeypatch):
+  """Pictures and the count of FLOPs, each seconds in a run."""
+  for name in ("training_batch", "learning_curves"):
+    monkeypatch.setattr(pictures, name, lambda *args: None)
+  monkeypatch.setattr(build, "count_step_flops", lambda *args: 1.0)
 
 
 def losses(workdir) -> dict[int, float]:
