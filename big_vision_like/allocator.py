@@ -3,9 +3,9 @@
 glibc hands large buffers back to the system as they are freed, and a CPU step
 frees all of its activations: the next one then faults every page in again,
 which took a third of the time of a small ViT's step. Only the main thread's
-arena can be told to keep them, so the main thread runs the steps. One arena for
-all threads is no way out: convolutions, whose threads allocate all the time,
-took twice as long.
+arena can be told to keep them, so the main thread dispatches the steps itself
+and allocates what they need. One arena for all threads is no way out:
+convolutions, whose threads allocate all the time, took twice as long.
 """
 
 import ctypes
@@ -24,6 +24,8 @@ _OPTIONS = (
 
 def keep_freed_memory() -> bool:
   """Call it before JAX starts its backend; returns whether it did anything.
+
+  CPU programs are no longer dispatched from threads of their own.
 
   It does nothing where an accelerator is present, whose host may have many
   threads at work, nor where the C library is not glibc.
