@@ -25,8 +25,7 @@ _OPTIONS = (
 def keep_freed_memory() -> bool:
   """Call it before JAX starts its backend; returns whether it did anything.
 
-  CPU programs are no longer dispatched from threads of their own.
-
+  Programs of one CPU device are then dispatched by the thread that calls them.
   It does nothing where an accelerator is present, whose host may have many
   threads at work, nor where the C library is not glibc.
   """

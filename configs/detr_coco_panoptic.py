@@ -47,7 +47,7 @@ def get_config(arg=None):
 
 
 def _mask_head(c, a):
-  """25 epochs of the mask head; nothing else moves."""
+  """The mask head alone; nothing else moves. The paper has 25 epochs."""
   if a.boxes:
     raise ValueError("tune= trains the mask head, which boxes=1 leaves out.")
   c.init_from = a.tune

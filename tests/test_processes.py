@@ -410,3 +410,39 @@ def test_rows_keep_the_global_order_where_a_mesh_interleaves_processes(
   with start(commands, tmp_path / "logs", devices=2, env=env) as job:
     assert job.wait() == [0, 0], job.text(0)
     assert "in order" in job.text(1)
+
+
+LATE = """
+import sys, time
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from big_vision_like import processes
+
+index, folder, address = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+processes.join(
+  folder, timeout=100, heartbeat_timeout=100, coordinator_address=address,
+  num_processes=2, process_id=index,
+)
+mesh = Mesh(jax.devices(), "data")
+processes.connect(mesh)
+time.sleep(35 * index)  # As if it had more to compile.
+split, whole = (NamedSharding(mesh, spec) for spec in (P("data"), P()))
+ones = jax.jit(lambda: jnp.ones(2), out_shardings=split)
+total = jax.jit(lambda x: x.sum(), out_shardings=whole)
+print("the sum is", float(total(ones())))
+"""
+
+
+def test_a_process_may_come_late_to_its_first_program(tmp_path):
+  """Later than gloo waits for a peer that it does not know yet."""
+  script = tmp_path / "late.py"
+  script.write_text(LATE)
+  address = f"127.0.0.1:{free_port()}"
+  commands = [
+    [str(script), str(i), str(tmp_path / "run"), address] for i in range(2)
+  ]
+  env = {"PYTHONPATH": str(ROOT)}
+  with start(commands, tmp_path / "logs", env=env) as job:
+    assert job.wait() == [0, 0], job.text(0)
+    assert "the sum is 2.0" in job.text(0)

@@ -90,7 +90,7 @@ def test_the_papers_step_is_a_program(name, monkeypatch):
   c = module.get_config(f"size={PAPERS[name]}")
   if c.data.objects is not None:  # Each canvas is traced.
     c.data.objects.canvases = c.data.objects.canvases[-1:]
-  monkeypatch.undo()
+  monkeypatch.undo()  # It counts.
   parts = build.build(c)
   tx, _ = build.make_optimizer(parts)
   assert build.count_step_flops(parts, tx) > 5e11
