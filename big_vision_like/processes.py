@@ -194,13 +194,20 @@ def _call_out(folder: Path, timeout: float, done: threading.Event) -> None:
     # JAX fills them in once it has found the cluster.
     if distributed.global_state.client is None:
       continue
-    own = folder / str(_own())
-    own.write_text(socket.gethostname())
+    _sign(folder)
     if time.monotonic() - start >= timeout:
       print(_absent(folder, timeout), file=sys.stderr, flush=True)
       _exit()
   if distributed.global_state.client is not None:
     (folder / str(_own())).unlink(missing_ok=True)
+
+
+def _sign(folder: Path) -> None:
+  # Renamed into place: a file being written is empty to those who read it.
+  own = folder / str(_own())
+  draft = own.with_suffix(".draft")
+  draft.write_text(socket.gethostname())
+  draft.replace(own)
 
 
 def _absent(folder: Path, timeout: float) -> str:

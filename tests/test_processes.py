@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -344,6 +345,25 @@ def test_a_process_that_does_not_come_is_named(tmp_path):
         f"of 3 processes, 1 did not come within 8 s; waiting: 0 ({HOST}), "
         f"2 ({HOST})."
       ) in job.text(i)
+
+
+def test_a_name_is_never_read_by_half(tmp_path):
+  """Others read the roll call while a process renews its name there."""
+  processes._sign(tmp_path)
+  ended = threading.Event()
+
+  def renew():
+    for _ in range(2000):
+      processes._sign(tmp_path)
+    ended.set()
+
+  writer = threading.Thread(target=renew)
+  writer.start()
+  seen = set()
+  while not ended.is_set():
+    seen.add((tmp_path / "0").read_text())
+  writer.join()
+  assert seen == {HOST}
 
 
 def test_slurm_is_detected(tmp_path):
