@@ -16,8 +16,8 @@ import jax
 
 # Of glibc's malloc.h: parameter, value.
 _OPTIONS = (
-  (-3, 1 << 30),  # M_MMAP_THRESHOLD
-  (-1, (1 << 31) - 1),  # M_TRIM_THRESHOLD
+  (-4, 0),  # M_MMAP_MAX: nothing is too large to be kept, as mapped blocks are.
+  (-1, -1),  # M_TRIM_THRESHOLD: never.
   (-2, 64 << 20),  # M_TOP_PAD
 )
 

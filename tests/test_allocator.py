@@ -12,8 +12,9 @@ from big_vision_like import allocator
 
 def faults():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-  for _ in range(4):
+  for _ in range(4):  # The larger one is beyond what an int can say.
     np.empty(1 << 27, np.uint8)[::4096] = 1
+    np.empty(5 << 29, np.uint8)[:: 1 << 20] = 1
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 usual = faults()

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from big_vision_like import optim, train_step, trees
-from big_vision_like.benchmarks import measure
+from big_vision_like import train_step
+from big_vision_like.benchmarks import measure, training
 from big_vision_like.losses import matching, set_prediction
 from big_vision_like.models import detr
 from big_vision_like.tasks import detection
@@ -280,29 +280,11 @@ def our_training(
   data: dict[str, np.ndarray], sizes: dict[str, int]
 ) -> Callable[[], Any]:
   """Our step, from pixels to the new state."""
-  model, data, rng = make_model(sizes), jax.device_put(data), jax.random.key(0)
-  init = functools.partial(train_step.init_variables, model, TASK)
-  tx, _ = optim.make(
-    name="adamw",
-    lr=1e-4,
-    wd=1e-4,
-    clip=_CLIP,
-    schedule=dict(name="constant"),
-    total_steps=1_000_000,
-    params=trees.split(jax.eval_shape(init, rng, data)[0], FROZEN)[0],
+  data = jax.device_put(data)
+  trained = training.Training(
+    make_model(sizes), TASK, data, lr=1e-4, wd=1e-4, clip=_CLIP, frozen=FROZEN
   )
-  step = train_step.make_train_step(model, TASK, tx, frozen=FROZEN)
-  init = functools.partial(
-    train_step.init_state, model, TASK, tx, frozen=FROZEN
-  )
-  state = [jax.jit(init)(rng, data)]
-  step = jax.jit(step, donate_argnums=0)
-
-  def run() -> None:
-    state[0], _ = step(state[0], data)
-    jax.block_until_ready(state[0])
-
-  return run
+  return lambda: trained(data)
 
 
 def matcher(
@@ -322,6 +304,8 @@ def their_inference(
   """transformers' model in evaluation."""
   import torch
 
+  from big_vision_like.benchmarks import peers
+
   model, inputs, _ = _theirs(data, sizes, mode, auxiliary_loss=False)
   model.eval()
   if mode == "compiled":
@@ -330,6 +314,7 @@ def their_inference(
   def run() -> None:
     with torch.inference_mode():
       model(**inputs)
+    peers.wait()
 
   return run
 
@@ -340,6 +325,8 @@ def their_training(
   """transformers' model and losses, torch's AdamW."""
   import torch
 
+  from big_vision_like.benchmarks import peers
+
   model, inputs, labels = _theirs(data, sizes, mode, auxiliary_loss=True)
   trained = freeze(model.train())
   optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=1e-4)
@@ -349,6 +336,7 @@ def their_training(
     model(**inputs, labels=labels).loss.backward()
     torch.nn.utils.clip_grad_norm_(trained, _CLIP)
     optimizer.step()
+    peers.wait()
 
   return run
 
@@ -365,7 +353,7 @@ def freeze(model: Any) -> list[Any]:
 def _theirs(data, sizes, mode, *, auxiliary_loss):
   import torch
 
-  from big_vision_like.benchmarks import torchvision_ops
+  from big_vision_like.benchmarks import peers, torchvision_ops
 
   torchvision_ops.declare()
   import transformers
@@ -380,17 +368,18 @@ def _theirs(data, sizes, mode, *, auxiliary_loss):
     activation_dropout=0.1,
     **{names[k]: n for k, n in sizes.items()},
   )
-  model = transformers.DetrForObjectDetection(config)
+  model = transformers.DetrForObjectDetection(config).to(peers.device())
+  put = lambda x: torch.from_numpy(np.array(x)).to(peers.device())
   inputs, _ = TASK.prepare(data, None)
-  pixels = torch.from_numpy(np.array(inputs["image"])).permute(0, 3, 1, 2)
+  pixels = put(inputs["image"]).permute(0, 3, 1, 2)
   if mode == "channels last":
     model = model.to(memory_format=torch.channels_last)
     pixels = pixels.contiguous(memory_format=torch.channels_last)
-  mask = torch.from_numpy(np.array(inputs["pixel_mask"]))
+  mask = put(inputs["pixel_mask"])
   labels = [
     {
-      "class_labels": torch.from_numpy(label[label >= 0]).long(),
-      "boxes": torch.from_numpy(boxes[label >= 0]),
+      "class_labels": put(label[label >= 0]).long(),
+      "boxes": put(boxes[label >= 0]),
     }
     for label, boxes in zip(data["box_label"], data["boxes"])
   ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -34,7 +35,11 @@ def interleaved(
   warmup: int = 2,
   clock: Callable[[], float] = time.perf_counter,
 ) -> Times:
-  """Times each call `repeats` times, all of them in each round."""
+  """Times each call `repeats` times, all of them in each round.
+
+  What was measured goes to stderr at once: a table is printed when it is whole,
+  and some take minutes.
+  """
   seconds = {name: [] for name in calls}
   for call in calls.values():
     for _ in range(warmup):
@@ -44,7 +49,10 @@ def interleaved(
       start = clock()
       call()
       seconds[name].append(clock() - start)
-  return Times(seconds)
+  times = Times(seconds)
+  found = (f"{name} {1e3 * times.median(name):.4g} ms" for name in calls)
+  print(f"  {', '.join(found)}", file=sys.stderr, flush=True)
+  return times
 
 
 def table(title: str, rows: Sequence[Mapping[str, object]], note: str) -> str:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_vision_like import optim, resolve, train_step
-from big_vision_like.benchmarks import measure
+from big_vision_like import resolve
+from big_vision_like.benchmarks import measure, training
 from big_vision_like.models.layers import convolution
 from big_vision_like.tasks import classification
 
@@ -71,7 +71,7 @@ def run(
       rows.append(_row(pair, "forward", batch, calls, repeats))
     if pair.name in TRAINED:
       batch = max(batches)
-      calls = {"ours": our_training(pair, batch)}
+      calls = {"ours": our_training(pair, batch)[1]}
       eager = [mode for mode in modes if mode != "compiled"]
       calls |= {mode: their_training(pair, batch, mode) for mode in eager}
       rows.append(_row(pair, "training", batch, calls, repeats))
@@ -140,6 +140,8 @@ def their_forward(pair: Pair, batch: int, mode: str) -> Callable[[], None]:
   """timm's forward pass in evaluation."""
   import torch
 
+  from big_vision_like.benchmarks import peers
+
   model, image = _theirs(pair, batch, mode)
   model.eval()
   if mode == "compiled":
@@ -148,6 +150,7 @@ def their_forward(pair: Pair, batch: int, mode: str) -> Callable[[], None]:
   def run() -> None:
     with torch.inference_mode():
       model(image)
+    peers.wait()
 
   return run
 
@@ -155,24 +158,26 @@ def their_forward(pair: Pair, batch: int, mode: str) -> Callable[[], None]:
 def _theirs(pair, batch, mode):
   import torch
 
-  from big_vision_like.benchmarks import torchvision_ops
+  from big_vision_like.benchmarks import peers, torchvision_ops
 
   torchvision_ops.declare()
   import timm
 
-  model = timm.create_model(pair.timm, num_classes=CLASSES)
-  image = torch.from_numpy(_image(pair, batch)).permute(0, 3, 1, 2)
+  model = timm.create_model(pair.timm, num_classes=CLASSES).to(peers.device())
+  image = torch.from_numpy(_image(pair, batch)).to(peers.device())
+  image = image.permute(0, 3, 1, 2)
   if mode == "channels last":
     model = model.to(memory_format=torch.channels_last)
     return model, image.contiguous(memory_format=torch.channels_last)
   return model, image.contiguous()
 
 
-def our_training(pair: Pair, batch: int) -> Callable[[], None]:
-  """Our step: forward, backward, AdamW."""
-  model = _model(pair)
+def our_training(
+  pair: Pair, batch: int, *, dtype: str = "float32"
+) -> tuple[training.Training, Callable[[], None]]:
+  """Our step, with activations in `dtype`, and a call of it."""
+  model = _model(pair, dtype=dtype)
   more = {"scan": False} if hasattr(model, "scan") else {}
-  model = model.clone(**more)
   task = classification.Task(num_classes=CLASSES, loss_name="softmax")
   pixels = np.random.default_rng(0).integers(
     0, 256, (batch, pair.pixels, pair.pixels, 3), dtype=np.uint8
@@ -182,40 +187,19 @@ def our_training(pair: Pair, batch: int) -> Callable[[], None]:
     "label": jnp.arange(batch, dtype=jnp.int32),
     "_mask": jnp.ones(batch, bool),
   }
-  init = functools.partial(train_step.init_variables, model, task)
-  rng = jax.random.key(0)
-  tx, _ = optim.make(
-    name="adamw",
-    lr=1e-3,
-    wd=0.05,
-    clip=None,
-    schedule=dict(name="constant"),
-    total_steps=1_000_000,
-    params=jax.eval_shape(init, rng, data)[0],
-  )
-  step = jax.jit(train_step.make_train_step(model, task, tx), donate_argnums=0)
-  init = functools.partial(train_step.init_state, model, task, tx)
-  state = [jax.jit(init)(rng, data)]
-
-  def run() -> None:
-    state[0], _ = step(state[0], data)
-    jax.block_until_ready(state[0])
-
-  return run
+  trained = training.Training(model.clone(**more), task, data)
+  return trained, lambda: trained(data)
 
 
-def their_training(pair: Pair, batch: int, mode: str) -> Callable[[], None]:
+def their_training(
+  pair: Pair, batch: int, mode: str, *, dtype: str = "float32"
+) -> Callable[[], float]:
   """timm's model, torch's AdamW."""
   import torch
 
+  from big_vision_like.benchmarks import peers
+
   model, image = _theirs(pair, batch, mode)
-  model.train()
-  labels = torch.arange(batch)
-  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-
-  def run() -> None:
-    optimizer.zero_grad(set_to_none=True)
-    torch.nn.functional.cross_entropy(model(image), labels).backward()
-    optimizer.step()
-
-  return run
+  forward = torch.compile(model) if mode == "compiled" else model
+  labels = np.arange(batch)
+  return peers.train(model, lambda: forward(image), labels, dtype)

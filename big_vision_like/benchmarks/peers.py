@@ -24,6 +24,12 @@ def device() -> torch.device:
   return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def wait() -> None:
+  """Until the device has done what it was told."""
+  if device().type == "cuda":
+    torch.cuda.synchronize()
+
+
 def vit_pytorch_model(
   work: Workload, *, size: Size
 ) -> tuple[torch.nn.Module, list[torch.Tensor]]:
@@ -55,7 +61,7 @@ def vit_pytorch_step(
   """Packs in its forward pass, into rows of `length`, and trains one step."""
   model, images = vit_pytorch_model(work, size=size)
   forward = lambda: model(images, group_images=True, group_max_seq_len=length)
-  return _train(model, forward, work, dtype)
+  return train(model, forward, work.labels, dtype)
 
 
 def naflex_model(
@@ -95,7 +101,7 @@ def naflex_step(
 ) -> Callable[[], float]:
   """Trains one step on padded images."""
   model, inputs = naflex_model(work, size=size)
-  return _train(model, lambda: model(inputs), work, dtype)
+  return train(model, lambda: model(inputs), work.labels, dtype)
 
 
 def contrastive_loss(
@@ -127,9 +133,15 @@ def _normalise(image):
   return image.astype(np.float32) / 127.5 - 1
 
 
-def _train(model, forward, work, dtype):
+def train(
+  model: torch.nn.Module,
+  forward: Callable[[], torch.Tensor],
+  labels: np.ndarray,
+  dtype: str,
+) -> Callable[[], float]:
+  """Trains the model one step by what `forward` returns; the loss."""
   model = model.to(device()).train()
-  labels = torch.from_numpy(work.labels).to(device())
+  labels = torch.from_numpy(labels).to(device())
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
   low = dtype == "bfloat16"
 
@@ -140,6 +152,7 @@ def _train(model, forward, work, dtype):
     loss = F.cross_entropy(logits.float(), labels)
     loss.backward()
     optimizer.step()
+    wait()
     return loss.item()
 
   return run

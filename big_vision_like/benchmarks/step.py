@@ -67,7 +67,7 @@ def _calls(
   work: workload.Workload, length: int, *, size: workload.Size, dtype: str
 ) -> dict[str, Callable[[], float]]:
   settings = dict(size=size, dtype=dtype)
-  calls = {OURS: workload.our_step(work, length, **settings)}
+  calls = {OURS: workload.our_step(work, length, **settings)[1]}
   if installed(VIT_PYTORCH):
     from big_vision_like.benchmarks import peers
 

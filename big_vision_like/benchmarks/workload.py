@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_vision_like import optim, train_step
+from big_vision_like.benchmarks import training
 from big_vision_like.data import packing, planning
 from big_vision_like.models import navit
 from big_vision_like.tasks import classification
@@ -132,8 +132,8 @@ class Packer:
 
 def our_step(
   work: Workload, length: int, *, size: Size, dtype: str
-) -> Callable[[], float]:
-  """Packs, moves to the device and trains one step; returns the loss."""
+) -> tuple[training.Training, Callable[[], float]]:
+  """Our step; a call packs, moves to the device, trains and has the loss."""
   pack = Packer(work, length)
   model = navit.Model(
     variant=f"Ti/{PATCH}",
@@ -143,24 +143,6 @@ def our_step(
     scan=False,
   )
   task = classification.Task(num_classes=CLASSES, loss_name="softmax")
-  init = functools.partial(train_step.init_variables, model, task)
-  rng, example = jax.random.key(0), jax.tree.map(jnp.asarray, pack())
-  tx, _ = optim.make(
-    name="adamw",
-    lr=1e-3,
-    wd=0.05,
-    clip=1.0,
-    schedule=dict(name="constant"),
-    total_steps=1_000_000,
-    params=jax.eval_shape(init, rng, example)[0],
-  )
-  step = jax.jit(train_step.make_train_step(model, task, tx), donate_argnums=0)
-  init = functools.partial(train_step.init_state, model, task, tx)
-  state = [jax.jit(init)(rng, example)]
-
-  def run() -> float:
-    state[0], metrics = step(state[0], pack())
-    jax.block_until_ready(state[0])
-    return float(metrics["loss"].compute())
-
-  return run
+  example = jax.tree.map(jnp.asarray, pack())
+  trained = training.Training(model, task, example, clip=1.0)
+  return trained, lambda: float(trained(pack())["loss"].compute())

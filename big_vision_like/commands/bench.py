@@ -13,6 +13,7 @@
   bench kinds       time in products, and in what is bound by memory
   bench contrastive time and memory of the contrastive losses, chunked and dense
   bench detr        matching against scipy's, DETR's steps against transformers'
+  bench utilisation of a GPU or a TPU in training, beside torch's
 
 Every ratio is measured in one run, as the median of interleaved rounds. The
 published programs are in the extra `parity`; those that are not installed are
@@ -21,6 +22,7 @@ left out.
 
 import argparse
 import importlib
+import os
 
 from big_vision_like import allocator
 
@@ -37,6 +39,7 @@ TABLES = (
   "kinds",
   "contrastive",
   "detr",
+  "utilisation",
 )
 
 
@@ -58,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
   """Prints each table as soon as it is measured."""
+  # torch lives on the same GPU, of which JAX would take three quarters at once.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   # As training does it. It serves the programs that we compare with as well.
   allocator.keep_freed_memory()
   for name in TABLES if args.table == "all" else (args.table,):

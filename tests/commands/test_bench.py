@@ -19,6 +19,7 @@ from big_vision_like.benchmarks import (
   models,
   padding,
   step,
+  utilisation,
   wait,
   workload,
 )
@@ -92,7 +93,7 @@ def test_packed_batch_holds_every_image_once(drop):
 
 def test_our_step_trains():
   work = workload.make_workload(5)
-  run = workload.our_step(work, 256, size=TINY, dtype="float32")
+  _, run = workload.our_step(work, 256, size=TINY, dtype="float32")
   losses = [run() for _ in range(12)]
   assert np.isfinite(losses).all()
   assert losses[-1] < losses[0]
@@ -335,3 +336,32 @@ def test_both_detrs_train_the_same_parameters():
   count = sum(map(jnp.size, jax.tree.leaves(ours)))
   # What the paper calls 41.3M.
   assert sum(p.numel() for p in theirs) == count == 41_302_368
+
+
+@pytest.mark.parity
+def test_utilisation_is_model_flops_over_the_peak(monkeypatch):
+  """On the CPU, which stands for an accelerator; torch is not compiled."""
+  pytest.importorskip("timm")
+  pytest.importorskip("vit_pytorch")
+  assert "needs a GPU or a TPU" in utilisation.run()
+  theirs = models.their_training
+  monkeypatch.setattr(
+    models,
+    "their_training",
+    lambda pair, batch, mode, **kw: theirs(pair, batch, "eager", **kw),
+  )
+  pair = models.Pair("vit", "Ti/16", "vit_tiny_patch16_224", 224)
+  work = workload.make_workload(3)
+  cases = {
+    "ViT": utilisation.vit(pair, 2),
+    "NaViT": utilisation.navit(work, 256, TINY),
+  }
+  header, *rows = cells(utilisation.table(cases, repeats=1, side=256))
+  at = {name: header.index(name) for name in header}
+  for row, images in zip(rows, (2, 3)):
+    assert row[at["images"]] == str(images)
+    assert 0 < float(row[at["of the peak"]].rstrip("%"))
+    assert float(row[at["ours / torch"]]) > 0
+  # Three times the forward pass, but for the input's gradient.
+  flops = 1e12 * float(rows[0][at["TFLOP/s"]]) / float(rows[0][at["ours"]])
+  assert flops == pytest.approx(3 * 2 * 1.254e9, rel=0.03)

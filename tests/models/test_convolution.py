@@ -38,6 +38,47 @@ def test_taps_are_the_grouped_convolution(
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+@pytest.mark.parametrize("moving", ["x", "kernel", "both"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+  ("kernel", "padding", "dilation"),
+  [(3, 1, 1), (3, 2, 2), (1, 0, 1), (4, 0, 1)],
+)
+def test_derivatives_by_products_are_those_of_the_convolution(
+  kernel, padding, dilation, stride, moving
+):
+  """Forward and backward, where one argument is a constant too."""
+  x, w = normal(2, 11, 7, 9), normal(kernel, kernel, 9, 4, seed=1)
+  settings = dict(stride=stride, padding=padding, dilation=dilation)
+
+  def theirs(x, w):
+    pad = (padding, padding)
+    return jax.lax.conv_general_dilated(
+      x,
+      w,
+      (stride, stride),
+      (pad, pad),
+      rhs_dilation=(dilation, dilation),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+  def derivatives(convolve):
+    function, args = {
+      "x": (lambda x: convolve(x, w), (x,)),
+      "kernel": (lambda w: convolve(x, w), (w,)),
+      "both": (convolve, (x, w)),
+    }[moving]
+    y, back = jax.vjp(function, *args)
+    _, change = jax.jvp(function, args, args)
+    return y, change, *back(y)
+
+  ours = derivatives(lambda *a: convolution.convolve(*a, **settings))
+  for got, want in zip(ours, derivatives(theirs)):
+    # Sums of hundreds of products in float32, in another order.
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(got, want, rtol=0, atol=3e-6 * scale)
+
+
 @pytest.mark.parametrize("hw", [(7, 12), (8, 5)])
 def test_a_pool_of_taps_is_the_pool(hw):
   """Its gradient too, where the values of a window differ."""

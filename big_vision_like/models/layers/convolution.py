@@ -12,9 +12,72 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from big_vision_like.models.layers.attention import target_platform
+
+# Below it, products of a tap's channels are too thin to be worth it.
+_FEW_CHANNELS = 8
+
+
+def convolve(
+  x: Float[Array, "b h w c"],
+  kernel: Float[Array, "kh kw c d"],
+  *,
+  stride: int = 1,
+  padding: int = 0,
+  dilation: int = 1,
+) -> Float[Array, "b oh ow d"]:
+  """Convolves, all channels with all.
+
+  On a CPU the gradients are matrix products, one for each tap: XLA's own take
+  twice as long there, that of the kernel in particular.
+  """
+  if target_platform() != "cpu" or x.shape[-1] < _FEW_CHANNELS:
+    return _plain(x, kernel, stride, padding, dilation)
+  return _on_cpu(x, kernel, stride, padding, dilation)
+
+
+def _plain(x, kernel, stride, padding, dilation, groups=1):
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    ((padding, padding), (padding, padding)),
+    rhs_dilation=(dilation, dilation),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=groups,
+  )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _on_cpu(x, kernel, stride, padding, dilation):
+  return _plain(x, kernel, stride, padding, dilation)
+
+
+def _derivative(stride, padding, dilation, primals, tangents):
+  x, kernel = primals
+  pairs = (tangents[0], kernel), (x, tangents[1])
+  changes = [
+    _products(*pair, stride, padding, dilation)
+    for pair in pairs
+    # Images and frozen kernels do not change.
+    if not any(isinstance(z, SymbolicZero) for z in pair)
+  ]
+  return _plain(x, kernel, stride, padding, dilation), sum(changes)
+
+
+_on_cpu.defjvp(_derivative, symbolic_zeros=True)
+
+
+def _products(x, kernel, stride, padding, dilation):
+  """The convolution as a sum of one matrix product for each tap."""
+  pad = (padding, padding)
+  x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
+  taps = _taps(x, kernel.shape[:2], stride, dilation)
+  weights = kernel.reshape(-1, *kernel.shape[2:])
+  return sum(tap @ weight for tap, weight in zip(taps, weights))
 
 
 def depthwise(
@@ -31,15 +94,7 @@ def depthwise(
   of times slower there.
   """
   if target_platform() != "cpu":
-    return jax.lax.conv_general_dilated(
-      x,
-      kernel,
-      (stride, stride),
-      ((padding, padding), (padding, padding)),
-      rhs_dilation=(dilation, dilation),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-      feature_group_count=x.shape[-1],
-    )
+    return _plain(x, kernel, stride, padding, dilation, groups=x.shape[-1])
   return _shifted(x, kernel, stride, padding, dilation)
 
 
@@ -131,23 +186,15 @@ class Conv(nn.Module):
       # transposed copy of the map on a CPU.
       pixels = x.reshape(-1, channels) @ kernel[0, 0]
       x = pixels.reshape(*x.shape[:-1], self.features)
-    elif self.groups == channels == self.features:
-      x = depthwise(
+    elif self.groups > 1 and not self.groups == channels == self.features:
+      x = _plain(x, kernel, self.stride, padding, self.dilation, self.groups)
+    else:
+      x = (depthwise if self.groups > 1 else convolve)(
         x,
         kernel,
         stride=self.stride,
         padding=padding,
         dilation=self.dilation,
-      )
-    else:
-      x = jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (self.stride, self.stride),
-        ((padding, padding), (padding, padding)),
-        rhs_dilation=(self.dilation, self.dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=self.groups,
       )
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))

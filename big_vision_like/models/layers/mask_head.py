@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from big_vision_like.models.layers import convolution
 from big_vision_like.models.layers.resize import nearest, visible
 
 GROUPS = 8
@@ -128,13 +129,8 @@ def convolve(
 ) -> Float[Array, "*b h w d"]:
   """A convolution that keeps the size."""
   y = x.reshape(-1, *x.shape[-3:])
-  y = jax.lax.conv_general_dilated(
-    y,
-    kernel.astype(x.dtype),
-    (1, 1),
-    ((kernel.shape[0] // 2,) * 2,) * 2,
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )
+  kernel = kernel.astype(x.dtype)
+  y = convolution.convolve(y, kernel, padding=kernel.shape[0] // 2)
   return y.reshape(*x.shape[:-1], -1)
 
 
