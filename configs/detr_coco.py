@@ -86,7 +86,7 @@ def pretrain(c, a):
   c.task = dict(name="classification", loss_name="softmax")
   c.task.mean, c.task.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
   c.model = dict(name="resnet", variant="local")
-  c.total_steps = a.steps or 3500
+  c.total_steps = a.steps or 2000
   c.batch_size = 16
   c.data.ops = c.data.eval_ops = "decode|resize(40)"
   c.optim.lr = 1.5e-3
@@ -153,7 +153,7 @@ def _backbone(size):
 
 
 def _local(c, a):
-  c.total_steps = a.steps or 12_000
+  c.total_steps = a.steps or 14_000
   c.batch_size = 8
   c.ema_decay = 0.999
   c.model.num_queries = a.queries or 12

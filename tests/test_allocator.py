@@ -31,7 +31,7 @@ from big_vision_like import allocator
 
 def faults(step, x):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-  for _ in range(4):
+  for _ in range(32):
     jax.block_until_ready(step(x))
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -52,7 +52,8 @@ def test_a_step_touches_no_new_pages():
   if done == "False":
     pytest.skip("an accelerator is present, or the C library is not glibc")
   assert counts["usual"] > 100
-  assert counts["kept"] < counts["usual"] / 10
+  # What is small may settle in a freed place, and the heap grow by another.
+  assert counts["kept"] < counts["usual"] / 4
 
 
 def run(code, *argv):

@@ -62,7 +62,7 @@ def run(
   """
   rows = []
   for pair in pairs:
-    compiled, call = models.compiled_forward(pair, batch)
+    compiled, call, _ = models.compiled_forward(pair, batch)
     times = measure.interleaved({"": call}, repeats=repeats)
     seconds = shares(compiled.as_text(), profile(call, repeats))
     rows.append(

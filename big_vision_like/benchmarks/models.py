@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from big_vision_like import resolve
-from big_vision_like.benchmarks import measure, training
+from big_vision_like import flops, resolve
+from big_vision_like.benchmarks import measure, peak, training
 from big_vision_like.models.layers import convolution
 from big_vision_like.tasks import classification
 
 CLASSES = 1000
 MODES = ("eager", "channels last", "compiled")
+_SIDE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,30 +64,36 @@ def run(
     return "### Models\n\nNot measured: timm is not installed."
   import torch
 
+  top = peak.of_products(_SIDE, "float32", repeats=repeats)
   rows = []
   for pair in pairs:
     for batch in batches:
-      calls = {"ours": our_forward(pair, batch)}
+      _, ours, count = compiled_forward(pair, batch)
+      calls = {"ours": ours}
       calls |= {mode: their_forward(pair, batch, mode) for mode in modes}
-      rows.append(_row(pair, "forward", batch, calls, repeats))
+      limit = batch * top / count
+      rows.append(_row(pair, "forward", batch, calls, limit, repeats))
     if pair.name in TRAINED:
       batch = max(batches)
-      calls = {"ours": our_training(pair, batch)[1]}
+      trained, ours = our_training(pair, batch)
+      calls = {"ours": ours}
       eager = [mode for mode in modes if mode != "compiled"]
       calls |= {mode: their_training(pair, batch, mode) for mode in eager}
-      rows.append(_row(pair, "training", batch, calls, repeats))
+      limit = batch * top / trained.flops()
+      rows.append(_row(pair, "training", batch, calls, limit, repeats))
   aims = ", ".join(f"{p.aim:g} for {p.name} {p.variant}" for p in pairs)
   note = (
     f"float32, on {jax.device_count()} x {jax.devices()[0].device_kind} and "
     f"{torch.get_num_threads()} threads of torch, whose fastest of "
     f"{', '.join(modes)} counts (training is not compiled). The ratio is the "
-    f"median over interleaved rounds. Aims for forward passes: {aims}; for "
-    "training 1."
+    "median over interleaved rounds. The limit is that of the products alone, "
+    f"at the {top / 1e9:.0f} GFLOP/s that products of {_SIDE} x {_SIDE} "
+    f"matrices reach. Aims for forward passes: {aims}; for training 1."
   )
   return measure.table("Models, images/s", rows, note)
 
 
-def _row(pair, what, batch, calls, repeats):
+def _row(pair, what, batch, calls, limit, repeats):
   times = measure.interleaved(calls, repeats=repeats)
   modes = [name for name in calls if name != "ours"]
   best = min(modes, key=times.median)
@@ -98,6 +105,7 @@ def _row(pair, what, batch, calls, repeats):
     "timm": batch / times.median(best),
     "its mode": best,
     "ours / timm": times.ratio(best, "ours"),
+    "limit": limit,
   }
 
 
@@ -111,15 +119,13 @@ def _image(pair: Pair, batch: int) -> np.ndarray:
   return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def our_forward(pair: Pair, batch: int) -> Callable[[], None]:
-  """The compiled forward pass; BatchNorms are folded where there are any."""
-  return compiled_forward(pair, batch)[1]
-
-
 def compiled_forward(
   pair: Pair, batch: int
-) -> tuple[jax.stages.Compiled, Callable[[], None]]:
-  """The program of `our_forward`, and a call of it."""
+) -> tuple[jax.stages.Compiled, Callable[[], None], float]:
+  """The forward pass, a call of it, and its FLOPs (see flops.py).
+
+  BatchNorms are folded where there are any.
+  """
   model = _model(pair)
   more = {"scan": False} if hasattr(model, "scan") else {}
   model = model.clone(**more)
@@ -133,7 +139,8 @@ def compiled_forward(
     model = model.clone(fused=True)
   forward = jax.jit(lambda v, x: model.apply(v, x, train=False)["logits"])
   compiled = forward.lower(variables, image).compile()
-  return compiled, lambda: compiled(variables, image).block_until_ready()
+  call = lambda: compiled(variables, image).block_until_ready()
+  return compiled, call, flops.count_flops(forward, variables, image)
 
 
 def their_forward(pair: Pair, batch: int, mode: str) -> Callable[[], None]:

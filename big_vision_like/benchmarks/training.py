@@ -56,5 +56,7 @@ class Training:
 
   def flops(self) -> float:
     """Model FLOPs of a step, see flops.py."""
-    plain = self.model.clone(attention="xla")
-    return flops.count_flops(self._make_step(plain), self.state, self.example)
+    model = self.model
+    if hasattr(model, "attention"):
+      model = model.clone(attention="xla")
+    return flops.count_flops(self._make_step(model), self.state, self.example)

@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from big_vision_like.benchmarks import measure, models, training, workload
+from big_vision_like.benchmarks import measure, models, peak, training, workload
 
 OURS, TORCH = "ours", "torch"
 DTYPE = "bfloat16"
@@ -24,7 +23,7 @@ VITS = (
 )
 NAVIT = workload.Size(width=768, depth=12, heads=12, mlp=3072)
 IMAGES, LENGTHS = 512, (256, 1024)
-_SIDE, _PRODUCTS = 8192, 16
+_SIDE = 8192
 
 Calls = tuple[training.Training, dict[str, Callable[[], Any]], int]
 
@@ -53,7 +52,7 @@ def table(
     repeats: interleaved rounds.
     side: of the matrices whose product is the peak.
   """
-  peak = matmul_peak(side, repeats=repeats)
+  top = peak.of_products(side, DTYPE, repeats=repeats)
   rows = []
   for name, make in cases.items():
     trained, calls, images = make()
@@ -64,7 +63,7 @@ def table(
       "images": images,
       OURS: images / times.median(OURS),
       "TFLOP/s": rate / 1e12,
-      "of the peak": f"{rate / peak:.1%}",
+      "of the peak": f"{rate / top:.1%}",
     }
     if TORCH in calls:
       row |= {
@@ -74,7 +73,7 @@ def table(
     rows.append(row)
   note = (
     f"{DTYPE}, AdamW, on {jax.devices()[0].device_kind}. The peak is "
-    f"{peak / 1e12:.3g} TFLOP/s, of products of {side} x {side} matrices. "
+    f"{top / 1e12:.3g} TFLOP/s, of products of {side} x {side} matrices. "
     "torch: timm's ViT compiled, vit-pytorch's NaViT."
   )
   return measure.table("Utilisation in training, images/s", rows, note)
@@ -110,22 +109,6 @@ def navit(
     return trained, calls, len(work.images)
 
   return make
-
-
-def matmul_peak(side: int, *, repeats: int) -> float:
-  """FLOP/s of products of square matrices, one after the other."""
-  x = jax.random.normal(jax.random.key(0), (side, side), DTYPE)
-
-  @jax.jit
-  def products(x):
-    # Each needs the one before; the scale keeps them finite.
-    return jax.lax.fori_loop(
-      0, _PRODUCTS, lambda _, y: (y @ x) * jnp.asarray(side**-0.5, DTYPE), x
-    )
-
-  call = {OURS: lambda: jax.block_until_ready(products(x))}
-  seconds = measure.interleaved(call, repeats=repeats).seconds[OURS]
-  return 2 * side**3 * _PRODUCTS / min(seconds)
 
 
 def _comparable(package: str) -> bool:

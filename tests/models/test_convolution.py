@@ -44,7 +44,7 @@ def test_taps_are_the_grouped_convolution(
   ("kernel", "padding", "dilation"),
   [(3, 1, 1), (3, 2, 2), (1, 0, 1), (4, 0, 1)],
 )
-def test_derivatives_by_products_are_those_of_the_convolution(
+def test_derivatives_on_a_cpu_are_those_of_the_convolution(
   kernel, padding, dilation, stride, moving
 ):
   """Forward and backward, where one argument is a constant too."""

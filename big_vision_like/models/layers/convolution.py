@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from big_vision_like.models.layers.attention import target_platform
 
-# Below it, products of a tap's channels are too thin to be worth it.
+# Below it, what is under a kernel is dear to collect for what it computes.
 _FEW_CHANNELS = 8
 
 
@@ -31,8 +31,8 @@ def convolve(
 ) -> Float[Array, "b oh ow d"]:
   """Convolves, all channels with all.
 
-  On a CPU the gradients are matrix products, one for each tap: XLA's own take
-  twice as long there, that of the kernel in particular.
+  On a CPU the kernel's gradient is a product of two matrices: the convolution
+  that XLA has for it takes twice as long there.
   """
   if target_platform() != "cpu" or x.shape[-1] < _FEW_CHANNELS:
     return _plain(x, kernel, stride, padding, dilation)
@@ -57,27 +57,25 @@ def _on_cpu(x, kernel, stride, padding, dilation):
 
 
 def _derivative(stride, padding, dilation, primals, tangents):
-  x, kernel = primals
-  pairs = (tangents[0], kernel), (x, tangents[1])
-  changes = [
-    _products(*pair, stride, padding, dilation)
-    for pair in pairs
-    # Images and frozen kernels do not change.
-    if not any(isinstance(z, SymbolicZero) for z in pair)
-  ]
-  return _plain(x, kernel, stride, padding, dilation), sum(changes)
+  settings = stride, padding, dilation
+  (x, kernel), (dx, dkernel) = primals, tangents
+  changes = []  # Images and frozen kernels do not change.
+  if not isinstance(dx, SymbolicZero):
+    changes.append(_plain(dx, kernel, *settings))
+  if not isinstance(dkernel, SymbolicZero):
+    changes.append(_product(x, dkernel, *settings))
+  return _plain(x, kernel, *settings), sum(changes)
 
 
 _on_cpu.defjvp(_derivative, symbolic_zeros=True)
 
 
-def _products(x, kernel, stride, padding, dilation):
-  """The convolution as a sum of one matrix product for each tap."""
+def _product(x, kernel, stride, padding, dilation):
+  """The convolution as a matrix product of what is under the kernel."""
   pad = (padding, padding)
   x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
-  taps = _taps(x, kernel.shape[:2], stride, dilation)
-  weights = kernel.reshape(-1, *kernel.shape[2:])
-  return sum(tap @ weight for tap, weight in zip(taps, weights))
+  taps = list(_taps(x, kernel.shape[:2], stride, dilation))
+  return jnp.concatenate(taps, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def depthwise(
