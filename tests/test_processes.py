@@ -80,6 +80,8 @@ def start(commands, folder, *, devices=1, env=None):
     **os.environ,
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": flags,
+    # Each process compiles for itself, and all for a few steps.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     **(env or {}),
   }
   folder.mkdir(exist_ok=True)
