@@ -483,7 +483,9 @@ def _bars(axes, groups: Sequence[str], series: Mapping[str, Sequence[float]]):
     axes.bar(at, values, width, color=colour_of(i), label=name)
   axes.set_xticks(range(len(groups)), groups)
   axes.set_ylim(0, 1)
-  axes.legend(fontsize=7, frameon=False, ncols=2, loc="lower left")
+  # Below the axes, where no bar is.
+  place = dict(loc="upper center", bbox_to_anchor=(0.5, -0.08))
+  axes.legend(fontsize=7, frameon=False, ncols=3, **place)
 
 
 def _finish(axes, title: str, x_label: str) -> None:
