@@ -31,7 +31,7 @@ from big_vision_like import allocator
 
 def faults(step, x):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-  for _ in range(32):
+  for _ in range(64):
     jax.block_until_ready(step(x))
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -52,8 +52,8 @@ def test_a_step_touches_no_new_pages():
   if done == "False":
     pytest.skip("an accelerator is present, or the C library is not glibc")
   assert counts["usual"] > 100
-  # What is small may settle in a freed place, and the heap grow by another.
-  assert counts["kept"] < counts["usual"] / 4
+  # What is small may settle in a freed place, and the heap grow once for it.
+  assert counts["kept"] < counts["usual"] / 10
 
 
 def run(code, *argv):
