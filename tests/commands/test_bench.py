@@ -182,7 +182,7 @@ def test_wait_table_reads_a_real_run():
 
 def test_contrastive_table_has_all_forms(monkeypatch):
   monkeypatch.setattr(contrastive, "installed", lambda: False)
-  small = dict(batches=[64, 128], width=8, repeats=1)
+  small = dict(names=contrastive.LOSSES, batches=[64, 128], width=8, repeats=1)
   rows = contrastive.rows(**small)
   assert [(row["loss"], row["batch"]) for row in rows] == [
     ("softmax", 64),
