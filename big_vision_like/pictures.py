@@ -251,8 +251,10 @@ def predictions(
     path: of the PNG.
   """
   titles, colours = [], []
+  found = total = 0
   for said, true in zip(predicted, truth):
     said, true = np.asarray(said, bool), np.asarray(true, bool)
+    found, total = found + (said & true).sum(), total + true.sum()
     text = ", ".join(names[c] for c in np.flatnonzero(said)) or "nothing"
     if (said == true).all():
       colours.append(_RIGHT)
@@ -262,7 +264,10 @@ def predictions(
       text = f"{text}\ntrue: {real}"
     titles.append(text)
   right = sum(colour == _RIGHT for colour in colours)
-  heading = f"{right} of {len(images)} held-out images fully right"
+  heading = (
+    f"{found} of {total} true classes named; "
+    f"{right} of {len(images)} held-out images fully right"
+  )
   _image_grid(images, titles, colours, path, heading=heading)
 
 

@@ -167,7 +167,9 @@ def test_predictions_say_what_was_named_and_what_is_true(figures, tmp_path):
   frames = [a.spines["left"].get_edgecolor() for a in axes]
   right, wrong = (colors.to_rgba(c) for c in (pictures._RIGHT, pictures._WRONG))
   assert frames == [right, wrong, wrong, right]
-  assert figures[0].get_suptitle() == "2 of 4 held-out images fully right"
+  assert figures[0].get_suptitle() == (
+    "2 of 4 true classes named; 2 of 4 held-out images fully right"
+  )
 
 
 def write_metrics(path, records):

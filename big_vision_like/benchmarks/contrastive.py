@@ -30,7 +30,8 @@ RING, GATHER, DENSE, PEER = "ring", "gather", "dense", "open_clip"
 # the peer together may, which has this many matrices of logits at once. What we
 # have freed stays ours, see allocator.py.
 _SHARE, _SHARE_WITH_PEER, _PEER_MATRICES = 0.45, 0.7, 5
-# From so many pairs on, a call takes many seconds: two rounds tell as much.
+# From so many pairs on, a call takes a minute: two rounds, of warm programs or
+# not, tell as much.
 _LONG = 16_384
 
 
@@ -128,12 +129,14 @@ def _row(name, batch, width, repeats, mesh):
     peer = _PEER_MATRICES * batch**2 * np.dtype(np.float32).itemsize
     room = memory[DENSE] * mesh.size + peer < _SHARE_WITH_PEER * total
     peers = (PEER,) if room and installed() else ()
-    repeats = repeats if batch < _LONG else min(repeats, 2)
-    row |= _times(name, programs, peers, batch, width, repeats, mesh)
+    rounds = dict(repeats=repeats, warmup=1)
+    if batch >= _LONG:
+      rounds = dict(repeats=min(repeats, 2), warmup=0)
+    row |= _times(name, programs, peers, batch, width, mesh, rounds)
   return row | {f"{form}, MB": x / 1e6 for form, x in memory.items()}
 
 
-def _times(name, programs, peers, batch, width, repeats, mesh):
+def _times(name, programs, peers, batch, width, mesh, rounds):
   args = embeddings(batch, width)
   placed = _arguments(*args, name, mesh)
   calls = {
@@ -144,7 +147,7 @@ def _times(name, programs, peers, batch, width, repeats, mesh):
     from big_vision_like.benchmarks import peers as torch_peers
 
     calls[PEER] = torch_peers.contrastive_loss(name, *args)
-  times = measure.interleaved(calls, repeats=repeats, warmup=1)
+  times = measure.interleaved(calls, **rounds)
   ratios = {
     f"{form} / dense": times.ratio(form, DENSE) for form in (RING, GATHER)
   }
