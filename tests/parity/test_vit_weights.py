@@ -182,11 +182,7 @@ def test_timm_and_google(variant, name, depth, size, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("variant", "name", "size"),
-  [
-    (v, n, size)
-    for v, n, _, size in PLAIN + HYBRIDS
-    if v in vit.PUBLISHED
-  ],
+  [(v, n, size) for v, n, _, size in PLAIN + HYBRIDS if v in vit.PUBLISHED],
 )
 def test_all_layers_of_the_published_models(variant, name, size):
   """H/14 has two layers in turn, 16 times: ten GB of memory otherwise."""
