@@ -24,7 +24,8 @@ ALLOWED = {
   "data": FOUNDATION,
   "evaluators": FOUNDATION
   | {"capture", "object_pictures", "pictures", "postprocess"},
-  "allocator": set(),
+  "host": set(),
+  "allocator": {"host"},
   "capture": FOUNDATION,
   "optim": FOUNDATION,
   "sharding": FOUNDATION,
