@@ -25,7 +25,7 @@ Arguments:
 
 Figures (Table 1): AP 42.0 (R50), 43.3 (R50-DC5), 43.5 (R101), 44.9 (R101-DC5);
 after 150 epochs of R50, 39.5. DC5 is scored with images alone, batch_size = 1.
-Here: the local size reaches AP50 0.85 and AP 0.62, on 500 new scenes; by what
+Here: the local size reaches AP50 0.86 and AP 0.61, on 500 new scenes; by what
 rounding makes of a run, two hundredths more or less.
 Published weights know the ids of COCO as 91 classes: data.source.raw_ids=True.
 Batches are sorted by canvas within windows, the authors' are not; the class
