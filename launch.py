@@ -43,9 +43,6 @@ def main(argv):
     raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
   logging.set_verbosity(logging.WARNING)
   workdir = _WORKDIR.value or _new_workdir()
-  from big_vision_like import host
-
-  host.prefer_own_convolutions()
   # After the flags: the import takes seconds, and `--help` should not.
   from big_vision_like import processes, train
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from big_vision_like import host, resolve
+from big_vision_like import resolve
 
 PROGRAM = "python -m big_vision_like"
 USER_ERROR = 2
@@ -81,5 +81,4 @@ def _run(verb: str, *argv: str) -> int | None:
 
 
 if __name__ == "__main__":
-  host.prefer_own_convolutions()
   sys.exit(main())

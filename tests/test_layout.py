@@ -24,8 +24,7 @@ ALLOWED = {
   "data": FOUNDATION,
   "evaluators": FOUNDATION
   | {"capture", "object_pictures", "pictures", "postprocess"},
-  "host": set(),
-  "allocator": {"host"},
+  "allocator": set(),
   "capture": FOUNDATION,
   "optim": FOUNDATION,
   "sharding": FOUNDATION,
