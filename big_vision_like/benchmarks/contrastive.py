@@ -125,28 +125,36 @@ def _row(name, batch, width, repeats, mesh):
   }
   row = {"loss": name, "batch": batch, "devices": mesh.size}
   total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  if repeats and memory[DENSE] * mesh.size < _SHARE * total:
-    peer = _PEER_MATRICES * batch**2 * np.dtype(np.float32).itemsize
-    room = memory[DENSE] * mesh.size + peer < _SHARE_WITH_PEER * total
-    peers = (PEER,) if room and installed() else ()
+  timed, with_peer = fit(memory[DENSE] * mesh.size, batch, total)
+  if repeats and timed:
     rounds = dict(repeats=repeats, warmup=1)
     if batch >= _LONG:
       rounds = dict(repeats=min(repeats, 2), warmup=0)
-    row |= _times(name, programs, peers, batch, width, mesh, rounds)
+    with_peer &= installed()
+    row |= _times(name, programs, with_peer, batch, width, mesh, rounds)
   return row | {f"{form}, MB": x / 1e6 for form, x in memory.items()}
 
 
-def _times(name, programs, peers, batch, width, mesh, rounds):
+def fit(dense: int, batch: int, total: int) -> tuple[bool, bool]:
+  """Whether `total` bytes hold our programs, and open_clip's beside them.
+
+  `dense` are the temporary bytes of the dense loss on all devices.
+  """
+  peer = _PEER_MATRICES * batch**2 * np.dtype(np.float32).itemsize
+  return dense < _SHARE * total, dense + peer < _SHARE_WITH_PEER * total
+
+
+def _times(name, programs, with_peer, batch, width, mesh, rounds):
   args = embeddings(batch, width)
   placed = _arguments(*args, name, mesh)
   calls = {
     form: functools.partial(_wait, program, placed)
     for form, program in programs.items()
   }
-  if PEER in peers:
-    from big_vision_like.benchmarks import peers as torch_peers
+  if with_peer:
+    from big_vision_like.benchmarks import peers
 
-    calls[PEER] = torch_peers.contrastive_loss(name, *args)
+    calls[PEER] = peers.contrastive_loss(name, *args)
   times = measure.interleaved(calls, **rounds)
   ratios = {
     f"{form} / dense": times.ratio(form, DENSE) for form in (RING, GATHER)

@@ -198,6 +198,13 @@ def test_contrastive_table_has_all_forms(monkeypatch):
     assert row["ring / dense"] > 0
 
 
+def test_contrastive_losses_leave_room_in_memory():
+  total = 24 * 10**9  # of which both together took more, at 32,768 pairs
+  assert contrastive.fit(270 * 10**6, 4096, total) == (True, True)
+  assert contrastive.fit(9_400 * 10**6, 32_768, total) == (True, False)
+  assert contrastive.fit(140 * 10**9, 131_072, total) == (False, False)
+
+
 def test_contrastive_forms_compute_the_same():
   args = (*contrastive.embeddings(40, 8), np.float32(10), np.float32(-10))
   for name in contrastive.LOSSES:
