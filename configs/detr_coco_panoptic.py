@@ -40,6 +40,8 @@ def get_config(arg=None):
     c.model.masks = c.data.objects.masks = not a.boxes
     if c.data.source.name == "coco":
       c.data.source.panoptic, c.data.source.masks = True, not a.boxes
+    if a.boxes and a.size == "local":
+      c.total_steps = a.steps or 9_500  # Of ten minutes, masks need a few.
     if a.tune:
       _mask_head(c, a)
     detr_coco.validate(c, a, "coco" if a.boxes else "panoptic")
@@ -55,5 +57,7 @@ def _mask_head(c, a):
   c.model.backbone.frozen, c.init_resize = True, ("frozen",)
   c.optim.frozen = ("(?!mask_(attn|head)/).*",)
   c.optim.schedule = dict(name="steps", drops=(0.6,))
-  local = a.size == "local"
-  c.total_steps = a.steps or (2000 if local else 25 * _IMAGES // c.batch_size)
+  c.total_steps = a.steps or 25 * _IMAGES // c.batch_size
+  if a.size == "local":
+    c.total_steps = a.steps or 1600
+    c.optim.lr = 5e-3  # All that is trained is fresh.

@@ -12,7 +12,7 @@ import pytest
 
 from big_vision_like import trees
 from big_vision_like.models import vit
-from big_vision_like.models.layers import position_table
+from big_vision_like.models.layers import encoder, position_table
 from big_vision_like.weights import engine
 
 pytestmark = pytest.mark.parity
@@ -32,6 +32,8 @@ PLAIN = [
   ("G/14", "gigantic_patch14_224", 1, (28, 42)),
   ("So400m/14", "so400m_patch14_siglip_224", 1, (28, 42)),
 ]
+# Of these, two layers take turns: gigabytes of weights otherwise.
+IN_TURN = ("H/14", "g/14", "G/14")
 # Odd sides where the patches on the map allow them: SAME pads unevenly.
 HYBRIDS = [
   ("R+Ti/16", "tiny_r_s16_p8_224", 2, (64, 96)),
@@ -182,19 +184,30 @@ def test_timm_and_google(variant, name, depth, size, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("variant", "name", "size"),
-  [(v, n, size) for v, n, _, size in PLAIN + HYBRIDS if v in vit.PUBLISHED],
+  [
+    (variant, name, size)
+    for variant, name, _, size in PLAIN + HYBRIDS
+    if variant in (*vit.PUBLISHED, *IN_TURN)
+  ],
 )
-def test_all_layers_of_the_published_models(variant, name, size):
-  """H/14 has two layers in turn, 16 times: ten GB of memory otherwise."""
+def test_all_layers(variant, name, size):
+  """Of the published models, and of the largest that the papers describe."""
   import torch
 
   depth = vit.row(variant)["depth"]
-  distinct = 2 if variant == "H/14" else depth
+  distinct = 2 if variant in IN_TURN else depth
   theirs = randomise(of_timm(name, distinct, size))
+  model = ours_of(variant, distinct)
+  variables = load(tensors(theirs), model, shapes_of(model, size), "timm")
   theirs.blocks.extend([theirs.blocks[i % 2] for i in range(distinct, depth)])
-  model = ours_of(variant, depth)
-  arrays = {k: p.detach().numpy() for k, p in theirs.state_dict().items()}
-  variables = load(arrays, model, shapes_of(model, size), "timm")
+  if variant in IN_TURN:
+    model = ours_of(variant, depth, scan=False)
+    params = jax.tree.map(jnp.asarray, variables["params"])
+    params = encoder.unstack_blocks(params)
+    blocks = params["encoder"]
+    for i in range(distinct, depth):
+      blocks[f"blocks_{i}"] = blocks[f"blocks_{i % 2}"]
+    variables = {"params": params}
   image = images(size)
   with torch.no_grad():
     want = theirs(to_torch(image)).numpy()
