@@ -52,6 +52,7 @@ def train(
     The last scores of all evaluations.
   """
   started = time.time()
+  allocator.keep_freed_memory()  # Before anything asks JAX for its devices.
   folder, resolved = Path(workdir), config.to_json_best_effort()
   processes.agree(
     {
@@ -63,7 +64,6 @@ def train(
   if config.notice:
     _say(config.notice)
   _say(f"Run folder: {workdir}")
-  allocator.keep_freed_memory()
   compilation.enable_compilation_cache()
   checkpoint.check_same_config(folder, resolved)
   parts = build.build(config)

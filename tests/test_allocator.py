@@ -43,6 +43,30 @@ faults(step, x)
 print(done, faults(step, x))
 """
 
+# JAX has no public way to ask.
+TRAINING = """
+import sys
+from jax._src import xla_bridge
+from big_vision_like import allocator, train
+from configs import vit_i1k
+
+def called():
+  sys.exit(f"started before: {xla_bridge.backends_are_initialized()}")
+
+allocator.keep_freed_memory = called
+train.train(vit_i1k.get_config(), sys.argv[1])
+"""
+
+
+def test_training_asks_for_it_before_jax_starts(tmp_path):
+  """Afterwards the steps would be computed by another thread."""
+  done = subprocess.run(
+    [sys.executable, "-c", TRAINING, str(tmp_path)],
+    capture_output=True,
+    text=True,
+  )
+  assert done.stderr.splitlines()[-1] == "started before: False"
+
 
 def test_a_step_touches_no_new_pages():
   counts = {}

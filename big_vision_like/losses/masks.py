@@ -1,4 +1,4 @@
-"""Losses of predicted masks: focal and dice, one object at a time.
+"""Losses of predicted masks: focal and dice, a few objects at a time.
 
 Focal: Lin et al., arXiv 1708.02002. Dice: Milletari et al., arXiv 1606.04797,
 as DETR has them (section 4.4; facebookresearch/detr @ 29901c5,
@@ -7,11 +7,15 @@ models/segmentation.py).
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Integer
 
 from big_vision_like.losses import shards
 
 ALPHA = 0.25
+# Of an image, masks of as many objects at a time: one of those of COCO, all of
+# small images, since within a loop a CPU computes on one core.
+PIXELS = 1_000_000
 
 
 def mask_losses(
@@ -22,9 +26,9 @@ def mask_losses(
 ) -> tuple[Float[Array, "b o"], Float[Array, "b o"]]:
   """(focal, dice) of each object's mask with that of its query; 0 for none.
 
-  Only the masks of one object of each image exist in full size at a time; the
-  backward pass makes them again. Slots that no image of a device uses take no
-  time.
+  Only the masks of a few objects, PIXELS of each image, exist in full size at a
+  time; the backward pass makes them again. Slots that no image of a device uses
+  take no time.
 
   Args:
     logits: of the masks, which are resized bilinearly to the map's size.
@@ -37,24 +41,35 @@ def mask_losses(
 
 
 def _mask_losses(logits, id_map, query, inside):
+  slots, pixels = query.shape[1], id_map.shape[1] * id_map.shape[2]
+  count = min(slots, max(1, PIXELS // pixels))
+  query = jnp.pad(query, ((0, 0), (0, -slots % count)), constant_values=-1)
   at = jnp.maximum(query, 0)[:, :, None, None]
   matched = jnp.take_along_axis(logits.astype(jnp.float32), at, 1)
 
+  def some(slot, mask, there):
+    """[2,b,n] of n slots."""
+    size = (*there.shape, *id_map.shape[1:])
+    full = jax.image.resize(mask, size, "linear", antialias=False)
+    truth = id_map[:, None] == slot[:, None, None] + 1
+    of = full, truth, jnp.broadcast_to(inside[:, None], size)
+    return jnp.where(there, jnp.stack([focal(*of), dice(*of)]), 0)
+
   @jax.checkpoint
-  def one(args):
-    slot, mask, there = args
+  def used(args):
+    there = args[-1]
+    nothing = lambda *_: jnp.zeros((2, *there.shape))
+    return jax.lax.cond(there.any(), some, nothing, *args)
 
-    def compute():
-      full = jax.image.resize(mask, id_map.shape, "linear", antialias=False)
-      of = full, id_map == slot + 1, inside
-      return jnp.where(there, jnp.stack([focal(*of), dice(*of)]), 0)
-
-    nothing = lambda: jnp.zeros((2, *there.shape))
-    return jax.lax.cond(there.any(), compute, nothing)
-
-  slots = jnp.arange(query.shape[1])
-  values = jax.lax.map(one, (slots, matched.swapaxes(0, 1), (query >= 0).T))
-  return values[:, 0].T, values[:, 1].T
+  args = (
+    rearrange(jnp.arange(query.shape[1]), "(k n) -> k n", n=count),
+    rearrange(matched, "b (k n) h w -> k b n h w", n=count),
+    rearrange(query >= 0, "b (k n) -> k b n", n=count),
+  )
+  if count == slots:
+    return tuple(some(*(x[0] for x in args)))
+  values = rearrange(jax.lax.map(used, args), "k c b n -> c b (k n)")
+  return tuple(values[..., :slots])
 
 
 def focal(

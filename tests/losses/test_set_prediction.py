@@ -120,7 +120,9 @@ def test_masks_count_inside_only():
   np.testing.assert_allclose(masks.focal(*small), want.mean((1, 2)), rtol=1e-5)
 
 
-def test_masks_are_those_of_matched_queries_in_full_size():
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_masks_are_those_of_matched_queries_in_full_size(at_once, monkeypatch):
+  monkeypatch.setattr(masks, "PIXELS", at_once * 12 * 16)
   rng = np.random.default_rng(0)
   logits = jnp.float32(rng.normal(size=(2, 5, 3, 4)))
   id_map = jnp.array(rng.integers(0, 4, (2, 12, 16)), jnp.uint8)
@@ -151,8 +153,9 @@ def test_masks_are_those_of_matched_queries_in_full_size():
   np.testing.assert_allclose(*grads, rtol=1e-4, atol=1e-8)
 
 
-def test_masks_of_one_object_at_a_time():
+def test_masks_of_one_object_at_a_time(monkeypatch):
   """The largest array is a mask in full size, not one for each object."""
+  monkeypatch.setattr(masks, "PIXELS", 64 * 64)
   shape = jax.ShapeDtypeStruct
   args = (
     shape((1, 50, 16, 16), jnp.float32),
