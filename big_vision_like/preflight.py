@@ -125,6 +125,12 @@ class Plan:
       found, products=run / peak, model_flops=model, peak=peak
     )
 
+  @property
+  def held(self) -> float:
+    """Bytes on a chip that no batch changes: those of the training state."""
+    given = self._given(self.unit)
+    return sum(given.values()) - given["batch"]
+
   def _batch(self, rows: int) -> api.Batch:
     place = sharding.batch_sharding(self.parts.mesh)
     return {
@@ -288,13 +294,17 @@ def largest_batch(
   first: int,
   first_used: float,
   *,
+  empty: float,
   limit: float,
   unit: int,
   tries: int,
 ) -> dict[int, float]:
   """Searches the largest batch that fits, with `tries` calls of `used`.
 
-  Each guess is where the line through the two nearest batches meets the limit.
+  Each guess is where the line through the two nearest batches meets the limit,
+  the first one where that through `first` and `empty` does, what a step uses
+  at least without any batch. That is rather too low: a compiler takes several
+  times as long for a program that does not fit, since it tries to make it.
   The search ends early when a batch that fits leaves less than NEAR of the
   memory, or when one that does not is within NEAR, or a unit, of it.
 
@@ -308,7 +318,7 @@ def largest_batch(
     full = known.get(low, 0.0) >= (1 - NEAR) * limit
     if full or high - low <= max(unit, NEAR * low):
       break
-    guess = int(_where(known, limit)) // unit * unit
+    guess = int(_where(known, empty, limit)) // unit * unit
     if not low < guess < high:
       middle = 2 * low if high == math.inf else (low + high) // 2
       guess = middle // unit * unit
@@ -316,14 +326,14 @@ def largest_batch(
   return known
 
 
-def _where(known: Mapping[int, float], limit: float) -> float:
+def _where(known: Mapping[int, float], empty: float, limit: float) -> float:
   """The batch that just fits, on a line through two known ones."""
   finite = {b: u for b, u in known.items() if u < math.inf}
+  if len(finite) < 2:
+    finite[0] = empty
   nearest = sorted(finite, key=lambda b: abs(finite[b] - limit))[:2]
   if len(nearest) < 2:
-    # Half or twice: the next guess has a slope.
-    (batch, u), *_ = known.items()
-    return 2 * batch if u <= limit else batch / 2
+    return max(known) / 2  # The compiler has refused it, and said no number.
   (a, ua), (b, ub) = ((n, finite[n]) for n in nearest)
   if ua == ub:
     return 2 * max(a, b)

@@ -71,7 +71,7 @@ def test_the_largest_batch_is_found(fixed, limit, want):
     return math.inf if need > 1.5 * limit else need
 
   known = preflight.largest_batch(
-    used, 256, used(256), limit=limit, unit=8, tries=12
+    used, 256, used(256), empty=fixed / 2, limit=limit, unit=8, tries=12
   )
   assert len(calls) == len(set(calls)) <= 13
   best = max((b for b, u in known.items() if u <= limit), default=0)
@@ -80,6 +80,18 @@ def test_the_largest_batch_is_found(fixed, limit, want):
   else:
     assert best <= limit - fixed or best == 0
     assert best >= want - max(8, 0.03 * limit)
+
+
+def test_of_a_line_the_largest_batch_is_the_first_guess():
+  calls = []
+
+  def used(rows):
+    calls.append(rows)
+    return 300.0 + rows
+
+  settings = dict(empty=300.0, limit=1000.0, unit=8, tries=6)
+  preflight.largest_batch(used, 64, used(64), **settings)
+  assert calls == [64, 680]  # 985 bytes: 3 % less than the limit is near.
 
 
 def test_the_compiler_s_refusal_says_what_it_needed():

@@ -152,10 +152,16 @@ def search(
   step: preflight_lib.Step, plan: preflight_lib.Plan, label: str, tries: int
 ) -> str:
   """The table of the batches that were tried."""
-  used = preflight_lib.largest_batch(
-    lambda rows: plan.step(rows).used,
+
+  def used(rows):
+    print(f"Trying batches of {rows:,}.", flush=True)
+    return plan.step(rows).used
+
+  known = preflight_lib.largest_batch(
+    used,
     step.rows,
     step.used,
+    empty=plan.held,
     limit=plan.limit,
     unit=plan.unit,
     tries=tries,
@@ -166,8 +172,8 @@ def search(
       "GiB": f"{size / GIB:.2f}",
       "fits": "yes" if size <= plan.limit else "no",
     }
-    for batch, size in sorted(used.items())
+    for batch, size in sorted(known.items())
   ]
-  best = max((b for b, size in used.items() if size <= plan.limit), default=0)
+  best = max((b for b, size in known.items() if size <= plan.limit), default=0)
   note = f"The largest that fits, of these: {best:,}."
   return measure.table(f"Batches{label}", rows, note)

@@ -108,21 +108,29 @@ def test_trains_on_a_folder_with_broken_photographs(tmp_path, caplog):
     assert name in caplog.text
 
 
+# Forty steps of the main job, of a size that leaves time to stop them.
+BRIEF = """
+from configs import navit_jft
+
+def get_config():
+  c = navit_jft.get_config()
+  with c.unlocked():
+    c.total_steps = 40
+    c.log_every = 1
+    c.checkpoint.every = 5
+    c.checkpoint.best = None
+    c.evals = dict(val=c.evals.val)
+    c.evals.val.data.limit = 8
+  return c
+"""
+
+
 @pytest.mark.slow
 def test_killed_or_stopped_from_outside_resumes_bitwise(tmp_path):
   """In its own process, with another number of workers afterwards."""
-  command = [
-    sys.executable,
-    "launch.py",
-    "--config=configs/navit_jft.py",
-    "--config.total_steps=40",
-    "--config.log_every=1",
-    "--config.checkpoint.every=5",
-    "--config.batch_size=8",
-    "--config.evals.val.data.limit=8",
-    "--config.evals.fewshot.data.limit=8",
-    "--config.evals.budget.data.limit=8",
-  ]
+  config = tmp_path / "brief.py"
+  config.write_text(BRIEF)
+  command = [sys.executable, "launch.py", f"--config={config}"]
   env = {**os.environ, "XLA_FLAGS": ""}
 
   def launch(workdir, *more):
