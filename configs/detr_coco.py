@@ -214,6 +214,7 @@ def _tune(c, a):
   c.ema_decay = 0.0
   if a.size == "local":
     c.optim.lr = 3e-4
+    c.data.ops = "decode|flip_lr|detr_crop((64, 80, 96), 48, 96)|resize(64)"
   images = len(build.make_source(c, "train"))
   c.total_steps = a.steps or max(
     _TUNE_STEPS, _TUNE_EPOCHS * images // c.batch_size
