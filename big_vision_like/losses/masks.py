@@ -26,9 +26,9 @@ def mask_losses(
 ) -> tuple[Float[Array, "b o"], Float[Array, "b o"]]:
   """(focal, dice) of each object's mask with that of its query; 0 for none.
 
-  Only the masks of a few objects, PIXELS of each image, exist in full size at a
-  time; the backward pass makes them again. Slots that no image of a device uses
-  take no time.
+  Masks in full size are of at most PIXELS of each image, but of one object at
+  least. Where these are not all objects, they follow each other: the backward
+  pass makes them again, and those that no image of a device has take no time.
 
   Args:
     logits: of the masks, which are resized bilinearly to the map's size.
