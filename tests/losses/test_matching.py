@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from scipy.optimize import linear_sum_assignment
 
-from big_vision_like import hlo, sharding
+from big_vision_like import chips, hlo, sharding
 from big_vision_like.losses import matching
 
 assign = jax.jit(matching.assign)
@@ -156,11 +155,9 @@ def test_devices_solve_their_own_rows(shape):
 
 
 @pytest.mark.slow
-def test_compiles_for_a_tpu_slice(monkeypatch):
+def test_compiles_for_a_tpu_slice():
   pytest.importorskip("libtpu")
-  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-  slice_ = topologies.get_topology_desc("v5e:4x4", platform="tpu")
-  mesh = sharding.make_mesh({"data": 16}, slice_.devices)
+  mesh = sharding.make_mesh({"data": 16}, chips.parse("v5e:4x4").devices())
   rows = sharding.batch_sharding(mesh)
   layered = jax.NamedSharding(mesh, jax.P(None, *rows.spec))
   spec = jax.ShapeDtypeStruct
