@@ -41,7 +41,7 @@ def get_config(arg=None):
     if c.data.source.name == "coco":
       c.data.source.panoptic, c.data.source.masks = True, not a.boxes
     if a.boxes and a.size == "local":
-      c.total_steps = a.steps or 8_500  # Of ten minutes, masks need two.
+      c.total_steps = a.steps or 7_500  # Of ten minutes, masks need two.
     if a.tune:
       _mask_head(c, a)
     detr_coco.validate(c, a, "coco" if a.boxes else "panoptic")
