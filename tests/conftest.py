@@ -37,3 +37,17 @@ def programs():
   """Those of a file are forgotten at its end: gigabytes otherwise."""
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compile_quickly():
+  """Programs of a few steps, which take minutes to optimise and no time to run.
+
+  Those of other processes too.
+  """
+  option = "jax_disable_most_optimizations"
+  jax.config.update(option, True)
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setenv(option.upper(), "1")
+    yield
+  jax.config.update(option, False)

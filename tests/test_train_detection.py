@@ -19,7 +19,7 @@ SMALL = dict(width=16, heads=2, mlp=24, encoder_depth=1, decoder_depth=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny():
+def tiny(compile_quickly):
   """What compiles fast: one device, and a ResNet with a map at 1/8."""
   one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
   with pytest.MonkeyPatch.context() as patch:

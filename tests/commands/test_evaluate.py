@@ -12,6 +12,8 @@ from big_vision_like import api, checkpoint, record, resolve
 from big_vision_like.data.sources import digit_scenes
 from big_vision_like.tasks import classification
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SMALL = dict(width=12, depth=2, mlp=17, heads=3)
 MODELS = {
   "vit": dict(name="vit", variant="Ti/7", sizes=SMALL),

@@ -1,5 +1,9 @@
 """The command line: which verbs there are, how errors look, how it exits."""
 
+import importlib
+import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -8,6 +12,8 @@ import pytest
 from big_vision_like import __main__ as command_line
 from big_vision_like import resolve
 from big_vision_like.commands import inspect
+
+README = pathlib.Path(__file__).parents[2] / "README.md"
 
 
 def test_list_of_verbs_comes_without_jax():
@@ -32,6 +38,18 @@ def test_every_verb_has_a_line_and_arguments(capsys):
       command_line.main([verb, "--help"])
     assert stop.value.code == 0
     assert "--debug" in capsys.readouterr().out
+
+
+def test_what_the_readme_prints_can_be_typed(monkeypatch):
+  blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(), re.M | re.S)
+  text = "".join(blocks).replace("\\\n", "")
+  commands = re.findall(r"^python -m big_vision_like (.*)", text, re.M)
+  assert len(commands) > 10
+  for line in commands:
+    verb, *argv = shlex.split(line, comments=True)
+    command = importlib.import_module(f"big_vision_like.commands.{verb}")
+    monkeypatch.setattr(command, "main", lambda args: 0)
+    assert command_line.main([verb, *argv]) == 0, line
 
 
 def test_unknown_verb_is_one_line_with_the_nearest(capsys):

@@ -20,14 +20,5 @@ def devices():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-  """Programs of a few steps, which take minutes to optimise and no time to run.
-
-  Those of other processes too.
-  """
-  option = "jax_disable_most_optimizations"
-  jax.config.update(option, True)
-  with pytest.MonkeyPatch.context() as patched:
-    patched.setenv(option.upper(), "1")
-    yield
-  jax.config.update(option, False)
+def quick(compile_quickly):
+  """A run is of a few steps."""

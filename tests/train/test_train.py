@@ -108,15 +108,17 @@ def test_trains_on_a_folder_with_broken_photographs(tmp_path, caplog):
     assert name in caplog.text
 
 
-# Forty steps of the main job, of a size that leaves time to stop them.
+# The main job, small, of as many steps as leave time to stop them.
 BRIEF = """
 from configs import navit_jft
 
 def get_config():
   c = navit_jft.get_config()
   with c.unlocked():
-    c.total_steps = 40
+    c.total_steps = 60
     c.log_every = 1
+    c.model.sizes = dict(width=24, depth=2, mlp=32, heads=2)
+    c.data.pack.length = 64
     c.checkpoint.every = 5
     c.checkpoint.best = None
     c.evals = dict(val=c.evals.val)
@@ -157,7 +159,7 @@ def test_killed_or_stopped_from_outside_resumes_bitwise(tmp_path):
       assert process.poll() is None, "it ended before it could be stopped"
       process.send_signal(kind)
       out, _ = process.communicate(timeout=120)
-    assert len(losses(cut)) < 40
+    assert len(losses(cut)) < 60
     assert ("To continue:" in out) == (kind == signal.SIGTERM)
     with launch(cut) as process:
       assert process.communicate(timeout=300)
