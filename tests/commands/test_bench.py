@@ -24,6 +24,8 @@ from big_vision_like.benchmarks import (
   workload,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TINY = workload.Size(width=12, depth=1, heads=3, mlp=13)
 
 

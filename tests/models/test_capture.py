@@ -23,6 +23,8 @@ from big_vision_like.models import (
 from big_vision_like.models.layers.encoder import unstack_blocks
 from big_vision_like.tasks import classification
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 SMALL = dict(width=12, depth=3, mlp=17, heads=2)
 TASK = classification.Task(num_classes=5)
 RNG = np.random.default_rng(0)

@@ -14,6 +14,8 @@ from big_vision_like.models import detr, resnet
 from big_vision_like.models.layers import encoder_decoder, mask_head
 from big_vision_like.models.layers.resize import nearest
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CLASSES, QUERIES = 5, 6
 SMALL = dict(
   variant="local",

@@ -10,6 +10,8 @@ import pytest
 from big_vision_like import trees
 from big_vision_like.models import efficientvit
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 TINY = dict(widths=(16, 24, 40), depths=(1, 1, 1), heads=(2, 3, 2))
 # Compiling well takes twice as long, and these programs run once.
 FAST = {"xla_backend_optimization_level": 0}

@@ -12,6 +12,8 @@ from big_vision_like.models import mobilevit, mobilevit_v2
 from big_vision_like.models.layers import mobilenet
 from big_vision_like.models.layers.convolution import fuse
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 BOTH = (mobilevit, mobilevit_v2)
 
 

@@ -13,6 +13,8 @@ from big_vision_like.evaluators import channel_importance
 from big_vision_like.models import distill, flexivit
 from big_vision_like.tasks import classification, distillation
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CLASSES = 5
 
 
