@@ -42,29 +42,19 @@ def maps(*shape):
   return jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
 
 
+# All counts, with a head, are in tests/commands/test_models.py.
 @pytest.mark.parametrize(
-  ("model", "variant", "total", "body"),
-  [
-    (mobilevit, "XXS", 1_272_024, 951_024),
-    (mobilevit, "XS", 2_317_848, 1_932_848),
-    (mobilevit, "S", 5_578_632, 4_937_632),
-    (mobilevit_v2, "0.5", 1_370_593, 1_370_593 - 257_000),
-    (mobilevit_v2, "0.75", 2_866_009, 2_866_009 - 385_000),
-    (mobilevit_v2, "1.0", 4_901_841, 4_901_841 - 513_000),
-    (mobilevit_v2, "1.25", 7_478_089, 7_478_089 - 641_000),
-    (mobilevit_v2, "1.5", 10_594_753, 10_594_753 - 769_000),
-    (mobilevit_v2, "1.75", 14_251_833, 14_251_833 - 897_000),
-    (mobilevit_v2, "2.0", 18_449_329, 18_449_329 - 1_025_000),
-  ],
+  ("model", "variant", "body"),
+  [(mobilevit, "XXS", 951_024), (mobilevit_v2, "0.5", 1_370_593 - 257_000)],
 )
-def test_parameter_counts_are_the_published_ones(model, variant, total, body):
+@pytest.mark.parametrize("classes", [None, 0])
+def test_without_classes_there_is_no_head(model, variant, body, classes):
   image = jnp.zeros((1, 64, 64, 3))
-  for classes, count in ((1000, total), (None, body), (0, body)):
-    module = model.Model(variant=variant, num_classes=classes)
-    shapes = jax.eval_shape(
-      lambda module=module: module.init(jax.random.key(0), image, train=False)
-    )
-    assert trees.count(shapes["params"]) == count
+  module = model.Model(variant=variant, num_classes=classes)
+  shapes = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), image, train=False)
+  )
+  assert trees.count(shapes["params"]) == body
 
 
 @pytest.mark.parametrize(
