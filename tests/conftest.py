@@ -41,7 +41,7 @@ def programs():
 
 @pytest.fixture(scope="module")
 def compile_quickly():
-  """Programs of a few steps, which take minutes to optimise and no time to run.
+  """For programs that run a few times: optimising them would take longer.
 
   Those of other processes too.
   """

@@ -228,7 +228,7 @@ def test_a_killed_process_ends_the_others_and_the_job_resumes_bitwise(
     assert time.monotonic() - killed < 6 * HEARTBEAT
     assert re.search("another task died|has failed|Process 1", job.text(0))
   with launch(config, torn, *long, count=2, devices=2) as job:
-    job.wait_until(lambda: steps(torn) >= 50)
+    job.wait_until(lambda: steps(torn) >= 40)
     job.started[1].terminate()
     assert job.wait() == [0, 0]
     assert "Continuing from step" in job.text(0)

@@ -13,8 +13,6 @@ from big_vision_like.models import efficientvit
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 TINY = dict(widths=(16, 24, 40), depths=(1, 1, 1), heads=(2, 3, 2))
-# Compiling well takes twice as long, and these programs run once.
-FAST = {"xla_backend_optimization_level": 0}
 
 
 def normal(*shape, seed=0):
@@ -50,7 +48,7 @@ def run(module, variables, x, train=False):
   apply = lambda v, x: module.apply(
     v, x, train=train, mutable=["batch_stats"] if train else False
   )
-  return jax.jit(apply, compiler_options=FAST)(variables, x)
+  return jax.jit(apply)(variables, x)
 
 
 def tiny(**kw):
@@ -161,16 +159,13 @@ def test_residual_branches_start_as_nothing():
   block = efficientvit.Sandwich(attention)
   x = normal(2, 5, 5, 6)
   init = lambda: block.init(jax.random.key(0), x, train=False)
-  variables = jax.jit(init, compiler_options=FAST)()
+  variables = jax.jit(init)()
   for train in (False, True):
     y = run(block, variables, x, train)
     np.testing.assert_array_equal(y[0] if train else y, x)
   down = efficientvit.Sandwich(efficientvit.PatchMerging(10))
   scales = trees.flatten(
-    jax.jit(
-      lambda: down.init(jax.random.key(0), x, train=False)["params"],
-      compiler_options=FAST,
-    )()
+    jax.jit(lambda: down.init(jax.random.key(0), x, train=False)["params"])()
   )
   zero = {k for k, p in scales.items() if k.endswith("scale") and not p.any()}
   assert zero == {f"ffn{i}/pw2/bn/scale" for i in (0, 1)}

@@ -10,8 +10,6 @@ from big_vision_like.data.tokenizers import bytes as bytes_lib
 from big_vision_like.models import text as text_model
 from big_vision_like.models import two_towers
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 SIZES = dict(width=24, depth=2, mlp=40, heads=2)
 VOCAB, MOST = 23, 11
 # Lengths of the captions of two packed rows; slots without one in between.

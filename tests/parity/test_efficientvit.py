@@ -16,10 +16,8 @@ from big_vision_like import trees
 from big_vision_like.models import efficientvit
 from big_vision_like.weights import engine
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("compile_quickly")]
 CLASSES = 11
-# Compiling well takes twice as long, and these programs run once.
-FAST = {"xla_backend_optimization_level": 0}
 
 
 def images(height, width, batch=2, seed=1):
@@ -83,7 +81,7 @@ def load(tensors, model, size=224, layout=None, resize=()):
 
 def run(model, variables, image):
   apply = lambda v, x: model.apply(v, x, train=False)
-  return jax.jit(apply, compiler_options=FAST)(variables, image)
+  return jax.jit(apply)(variables, image)
 
 
 def assert_close(got, want):
@@ -181,7 +179,7 @@ def test_training():
   with jax.enable_x64(True):
     to_double = functools.partial(np.asarray, dtype=np.float64)
     variables = jax.tree.map(to_double, variables)
-    grad = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST)
+    grad = jax.jit(jax.grad(loss, has_aux=True))
     grads, ours = jax.device_get(grad(variables["params"], to_double(image)))
   ours = ours | {"params": grads}
   for kind, wanted in their_step().items():
